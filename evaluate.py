@@ -1,0 +1,365 @@
+"""Beams, grounding, ranks, HR/NDCG, floors and the result table (§5.1.2, §5.1.4, Fig. 4).
+
+Knows a model only as something that maps (tokens, item_pos, cache) to hidden states and hidden states
+to logits; never imports cetrec. Left out: tries, exact all-ranking, figures.
+
+Shapes: B prompts, W beams, T tokens, C width, V vocabulary, N items of the catalogue.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from data import NO_ITEM, Sequences, Tokenizer, encode_examples
+from llama import KVCache
+
+CUTOFFS = (5, 10)
+
+# ----------------------------------------------------------------------------------------------
+# Generation
+
+
+def _device(model) -> torch.device:
+    parameter = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _pad(rows: Sequence[Sequence[int]], fill: int, device) -> Tensor:
+    """Right-pad lists to one (B, T) tensor."""
+    T = max(map(len, rows))
+    return torch.tensor([list(r) + [fill] * (T - len(r)) for r in rows], device=device)
+
+
+@torch.no_grad()
+def beam_search(model, prompts, beams: int = 5, max_new_tokens: int = 128, min_new_tokens: int = 4,
+                length_penalty: float = 1.0, eos_ids: Sequence[int] = ()) -> tuple[list, Tensor]:
+    """Beam search without sampling, with the semantics of transformers 4.43 (§5.1.4, D9).
+
+    prompts: [(tokens, item_pos), ...] lists of integers. Returns, per prompt, `beams` token lists, best
+    first, without the prompt but with EOS, and their scores (B, beams): summed log-probability over
+    g^length_penalty, g counting the generated tokens with EOS. EOS is barred while fewer than
+    min_new_tokens tokens exist; no renormalisation follows. Each prompt is run once; finished prompts
+    leave the batch.
+    """
+    if beams < 1 or max_new_tokens < 1 or not prompts:
+        raise ValueError(f"{len(prompts)} prompts, {beams} beams, {max_new_tokens} new tokens: "
+                         "wanted at least one of each")
+    device = _device(model)
+    B, W, eos = len(prompts), beams, torch.tensor(sorted(set(eos_ids)), dtype=torch.long, device=device)
+    lengths = torch.tensor([len(tokens) for tokens, _ in prompts], device=device)
+
+    # prefill: one row a prompt, then W rows that share what it left in the cache
+    cache = KVCache()
+    hidden = model(_pad([t for t, _ in prompts], 0, device), _pad([p for _, p in prompts], NO_ITEM, device),
+                   cache=cache)
+    logits = model.logits(hidden[torch.arange(B, device=device), lengths - 1])          # (B, V)
+    V = logits.shape[-1]
+    if bool((lengths != lengths.max()).any()):
+        cache.hide_from(lengths)
+    cache.select(torch.arange(B, device=device).repeat_interleave(W))
+    logits = logits.repeat_interleave(W, dim=0)
+    sums = torch.tensor([0.0] + [-1e9] * (W - 1), device=device).repeat(B, 1)           # (B, W)
+    alive = torch.zeros(B, W, 0, dtype=torch.long, device=device)                       # (B, W, new)
+    prompt_of = list(range(B))                          # which prompt each remaining group of W serves
+    finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]
+
+    def finish(prompt: int, total: float, tokens: list[int]) -> None:
+        finished[prompt].append((total / len(tokens) ** length_penalty, tokens))
+        finished[prompt].sort(key=lambda scored: -scored[0])    # stable: the earlier of equals stays
+        del finished[prompt][W:]
+
+    for g in range(1, max_new_tokens + 1):
+        groups = len(prompt_of)
+        log_p = logits.float().log_softmax(dim=-1).view(groups, W, V)
+        if g <= min_new_tokens:
+            log_p = log_p.index_fill(-1, eos, -math.inf)
+        candidates = max(2, 1 + len(eos)) * W
+        total, flat = (sums[..., None] + log_p).view(groups, -1).topk(min(candidates, W * V), dim=-1)
+        token, parent = flat % V, flat // V
+        is_eos = torch.isin(token, eos)
+
+        # the W best that go on, in order; ended ones among the first W are kept as hypotheses
+        going = (~is_eos).cumsum(dim=-1) - 1                                    # rank among those
+        pick = torch.where(~is_eos & (going < W), going, W)
+        slots = torch.zeros(groups, W + 1, dtype=torch.long, device=device)
+        slots.scatter_(1, pick, torch.arange(flat.shape[1], device=device).expand_as(pick))
+        slots = slots[:, :W]
+        ended, totals, parents = is_eos[:, :W].tolist(), total.tolist(), parent.tolist()
+        tokens = token.tolist()
+        for row, prompt in enumerate(prompt_of):
+            for rank in (r for r in range(min(W, flat.shape[1])) if ended[row][r]):
+                if totals[row][rank] > -math.inf:
+                    finish(prompt, totals[row][rank],
+                           alive[row, parents[row][rank]].tolist() + [tokens[row][rank]])
+        sums, parent = total.gather(1, slots), parent.gather(1, slots)
+        alive = torch.cat((alive.gather(1, parent[..., None].expand(-1, -1, g - 1)),
+                           token.gather(1, slots)[..., None]), dim=-1)
+
+        # a prompt is done when its worst kept hypothesis beats what its best beam scores now
+        stay = [row for row, prompt in enumerate(prompt_of) if len(finished[prompt]) < W or
+                finished[prompt][-1][0] < totals[row][0] / g ** length_penalty]
+        if not stay or g == max_new_tokens:
+            break
+        rows = torch.arange(groups, device=device)[:, None] * W + parent        # cache rows to follow
+        if len(stay) < groups:
+            kept = torch.tensor(stay, device=device)
+            rows, sums, alive = rows[kept], sums[kept], alive[kept]
+            prompt_of = [prompt_of[row] for row in stay]
+        cache.select(rows.flatten())
+        last = alive[..., -1].reshape(-1, 1)
+        logits = model.logits(model(last, torch.full_like(last, NO_ITEM), cache=cache)[:, -1])
+
+    for row in stay:                                    # out of tokens: beams count as they stand
+        for total, tokens in zip(sums[row].tolist(), alive[row].tolist()):
+            finish(prompt_of[row], total, tokens)
+    return ([[tokens for _, tokens in scored] for scored in finished],
+            torch.tensor([[score for score, _ in scored] for scored in finished]))
+
+
+# ----------------------------------------------------------------------------------------------
+# Grounding: text -> catalogue
+
+
+def clean(text: str) -> str:
+    """A generated answer or a title without outer spaces and quotes."""
+    return text.strip().strip('"').strip()
+
+
+@torch.no_grad()
+def embed_titles(model, tokenizer: Tokenizer, titles: Sequence[str], rows: int = 256) -> Tensor:
+    """Hidden state of each title's last token after the final norm, float32.  -> (len(titles), C)
+
+    Input is BOS (if the tokenizer adds one) and the bare title; no token belongs to a history item.
+    """
+    device = _device(model)
+    ids = [e.ids or [tokenizer.eos_ids[0]] for e in tokenizer.bpe.encode_batch([clean(t) for t in titles])]
+    table, order = [None] * len(ids), sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for chunk in (order[i:i + rows] for i in range(0, len(order), rows)):
+        tokens = _pad([ids[i] for i in chunk], 0, device)
+        hidden = model(tokens, torch.full_like(tokens, NO_ITEM)).float()
+        for row, i in enumerate(chunk):
+            table[i] = hidden[row, len(ids[i]) - 1]
+    return torch.stack(table)
+
+
+def nearest(queries: Tensor, table: Tensor) -> Tensor:
+    """Items by Euclidean distance, nearest first, ties by item id.  (Q, C), (N, C) -> (Q, N)
+
+    Differences are formed one by one: the expansion a² + b² - 2ab loses the digits that decide.
+    """
+    distances = torch.cdist(queries.float(), table.float(),
+                            compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.sort(dim=-1, stable=True).indices
+
+
+def ground(model, texts: Sequence[str], catalogue: Sequence[str]) -> Tensor:
+    """Rank the catalogue by distance to each text, both embedded by the model as it is (D10).
+
+    The model carries its tokenizer as model.tokenizer. -> (len(texts), N) item ids, nearest first
+    """
+    table = embed_titles(model, model.tokenizer, catalogue)
+    return nearest(embed_titles(model, model.tokenizer, texts), table)
+
+
+def merge_lists(lists, exclude=(), length: int = 10) -> list[int]:
+    """Round-robin over beams by neighbour rank, first occurrence kept, history dropped (D7).
+
+    lists: per beam item ids, nearest first. [[3,1,2,0], [3,2,1,0], [0,1,2,3]] -> [3, 0, 1, 2]
+    """
+    merged: list[int] = []
+    seen = set(exclude)
+    for rank in zip(*lists):
+        for item in rank:
+            if item not in seen:
+                seen.add(item)
+                merged.append(item)
+                if len(merged) == length:
+                    return merged
+    return merged
+
+
+def recommend(model, tokenizer: Tokenizer, titles: Sequence[str], histories: Sequence[Sequence[int]],
+              domain: str = "movies", beams: int = 5, exclude_history: bool = True,
+              min_new_tokens: int = 4, batch_size: int = 64, length: int = 10,
+              progress: str = "recommending") -> np.ndarray:
+    """Ten items per history: beams, each grounded, merged (§5.1.4). -> (len(histories), length)
+
+    Histories are item ids, oldest first. Prompts of similar length share a batch.
+    """
+    table = embed_titles(model, tokenizer, titles)
+    lists = np.zeros((len(histories), min(length, len(titles))), dtype=np.int64)
+    order = sorted(range(len(histories)), key=lambda i: len(histories[i]))
+    longest = max(len(ids) for ids in (e.ids for e in tokenizer.bpe.encode_batch(list(titles))))
+    grounded: dict[str, np.ndarray] = {}
+    with tqdm(total=len(order), desc=progress, unit="user", leave=False, disable=None) as bar:
+        for chunk in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+            examples = encode_examples(tokenizer, [[titles[j] for j in histories[i]] for i in chunk],
+                                       [None] * len(chunk), domain)
+            answers, _ = beam_search(model, [(e.tokens, e.item_pos) for e in examples], beams,
+                                     max_new_tokens=min(128, longest + 8),
+                                     min_new_tokens=min_new_tokens, eos_ids=tokenizer.eos_ids)
+            texts = [[clean(tokenizer.decode(a)) for a in beam] for beam in answers]
+            if new := sorted({t for beam in texts for t in beam} - grounded.keys()):
+                near = nearest(embed_titles(model, tokenizer, new), table)[:, :500].cpu().numpy()
+                grounded.update(zip(new, near))
+            for i, beam in zip(chunk, texts):
+                lists[i] = merge_lists([grounded[t].tolist() for t in beam],
+                                       histories[i] if exclude_history else (), lists.shape[1])
+            bar.update(len(chunk))
+    return lists
+
+
+# ----------------------------------------------------------------------------------------------
+# Ranks and metrics
+
+
+def list_ranks(lists: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """0-based place of each target in its list, or N beyond any cutoff if it is not there.  -> (B,)"""
+    hit = lists == np.asarray(targets)[:, None]
+    return np.where(hit.any(axis=1), hit.argmax(axis=1), np.iinfo(np.int64).max)
+
+
+def score_ranks(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """0-based rank of each target among all items, ties by item id.  (B, N), (B,) -> (B,)"""
+    targets = np.asarray(targets)
+    own = np.take_along_axis(scores, targets[:, None], axis=1)
+    tied_before = (scores == own) & (np.arange(scores.shape[1]) < targets[:, None])
+    return ((scores > own) | tied_before).sum(axis=1)
+
+
+def hit_ratio(ranks, k: int):
+    """HR@k before averaging: 1 where the 0-based rank is below k (§5.1.2). Any shape."""
+    return (np.asarray(ranks) < k).astype(float)
+
+
+def ndcg(ranks, k: int):
+    """NDCG@k before averaging: 1/log2(rank + 2) below k, else 0; one relevant item, so IDCG = 1."""
+    ranks = np.asarray(ranks, dtype=float)
+    return np.where(ranks < k, 1.0 / np.log2(ranks + 2.0), 0.0)
+
+
+METRICS: dict[str, Callable] = {f"{name}@{k}": (lambda ranks, f=f, k=k: f(ranks, k))
+                                for k in CUTOFFS for name, f in (("HR", hit_ratio), ("NDCG", ndcg))}
+
+
+def summarise(ranks: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Mean and standard error of every metric over test sequences."""
+    gains = {name: metric(ranks) for name, metric in METRICS.items()}
+    return {name: (float(g.mean()), float(g.std(ddof=1) / math.sqrt(len(g))) if len(g) > 1 else math.nan)
+            for name, g in gains.items()}
+
+
+def relative_change(before: np.ndarray, after: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Change of each metric in per cent (Fig. 4) and its standard error, paired by test sequence."""
+    changes = {}
+    for name, metric in METRICS.items():
+        a, b = metric(before), metric(after)
+        if a.mean() == 0 or len(a) < 2:
+            changes[name] = (math.nan, math.nan)
+            continue
+        ratio = b.mean() / a.mean()             # delta method: the error of a ratio of means
+        error = (b - ratio * a).std(ddof=1) / math.sqrt(len(a)) / a.mean()
+        changes[name] = (100 * (ratio - 1), 100 * float(error))
+    return changes
+
+
+# ----------------------------------------------------------------------------------------------
+# Floors: what counting reaches, without a model
+
+
+class CountingFloors:
+    """Popularity and item-to-item co-occurrence, counted on training sequences only."""
+
+    def __init__(self, train: Sequences, items: int):
+        history = [train.history(i) for i in range(len(train))]
+        targets = train.items[train.targets]
+        self.popularity = np.bincount(targets, minlength=items).astype(float)
+        pairs = np.concatenate(history).astype(np.int64) * items + np.repeat(
+            targets, [len(h) for h in history])
+        codes, counts = np.unique(pairs, return_counts=True)
+        source, self.goal = np.divmod(codes, items)
+        self.start = np.searchsorted(source, np.arange(items + 1))
+        rows, columns = (np.bincount(x, weights=counts, minlength=items) for x in (source, self.goal))
+        self.similarity = counts / np.sqrt(rows[source] * columns[self.goal])
+
+    def scores(self, histories, exclude_history: bool = True) -> dict[str, np.ndarray]:
+        """(B, N) scores per floor: popularity, and Σ_i count(i, j) / √(count(i, ·) count(·, j)) over
+        the newest item i or over the whole history."""
+        floors = {name: np.zeros((len(histories), len(self.popularity))) for name in
+                  ("popularity", "co-occurrence, newest item", "co-occurrence, whole history")}
+        popularity, newest, whole = floors.values()
+        popularity[:] = self.popularity
+        for row, history in enumerate(histories):
+            for item in history:
+                part = slice(self.start[item], self.start[item + 1])
+                whole[row, self.goal[part]] += self.similarity[part]
+            part = slice(self.start[history[-1]], self.start[history[-1] + 1])
+            newest[row, self.goal[part]] = self.similarity[part]
+            if exclude_history:
+                for scores in floors.values():
+                    scores[row, list(history)] = -np.inf
+        return floors
+
+
+    def ranks(self, histories, targets: np.ndarray, exclude_history: bool = True) -> dict[str, np.ndarray]:
+        """0-based ranks of the targets per floor, in bounded memory."""
+        parts = []
+        for start in range(0, len(histories), 1_000):
+            part = slice(start, start + 1_000)
+            scores = self.scores(histories[part], exclude_history)
+            parts.append({name: score_ranks(s, targets[part]) for name, s in scores.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def expected_metrics(ranking: np.ndarray, p: np.ndarray) -> dict[str, float]:
+    """Exact expectation of every metric when items are ranked by `ranking` and drawn from p, (B, N)."""
+    top = np.argsort(-ranking, axis=1, kind="stable")[:, :max(CUTOFFS)]
+    mass = np.take_along_axis(p, top, axis=1)               # chance that the target stands at each rank
+    places = np.arange(max(CUTOFFS))
+    return {name: float((mass * metric(places)).sum(axis=1).mean()) for name, metric in METRICS.items()}
+
+
+def oracle_metrics(world, histories, samples: int = 256) -> dict[str, dict[str, tuple[float, float]]]:
+    """What the best recommenders of a synthetic world reach on these histories, in expectation.
+
+    "order-aware": rank by p(next | history); exact, error 0. "order-aware, reversed history": the same
+    recommender misled. "order-blind": rank by p averaged over possible orders; two independent
+    estimates, one to rank and the other to value it, and back; the error is half the gap to the
+    estimate's own (optimistic) valuation, so the true value lies within it.
+    """
+    histories = [np.asarray(h) for h in histories]
+    parts, sizes = {}, []
+    for n in sorted({len(h) for h in histories}):
+        group = np.stack([h for h in histories if len(h) == n])
+        p, reverse = world.next_distribution(group), world.next_distribution(group[:, ::-1])
+        blind = [world.order_blind_distribution(group, samples, seed) for seed in (1, 2)]
+        parts[n] = {"aware": expected_metrics(p, p), "reversed": expected_metrics(reverse, p),
+                    "low": _mean(expected_metrics(blind[0], blind[1]), expected_metrics(blind[1], blind[0])),
+                    "high": _mean(expected_metrics(blind[0], blind[0]), expected_metrics(blind[1], blind[1]))}
+        sizes.append(len(group))
+    mean = {kind: {name: float(np.average([part[kind][name] for part in parts.values()], weights=sizes))
+                   for name in METRICS} for kind in ("aware", "reversed", "low", "high")}
+    return {"order-aware": {name: (mean["aware"][name], 0.0) for name in METRICS},
+            "order-aware, reversed history": {name: (mean["reversed"][name], 0.0) for name in METRICS},
+            "order-blind": {name: ((mean["low"][name] + mean["high"][name]) / 2,
+                                   abs(mean["high"][name] - mean["low"][name]) / 2) for name in METRICS}}
+
+
+def _mean(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    return {name: (a[name] + b[name]) / 2 for name in a}
+
+
+def format_table(rows: list[tuple[str, dict[str, tuple[float, float]], str]]) -> str:
+    """Lines of a table: name, then every metric as mean ± standard error; unit "" or "%"."""
+    width = max(len(name) for name, _, _ in rows)
+    lines = [" " * width + "".join(f"{name:>18}" for name in METRICS)]
+    for name, values, unit in rows:
+        cells = (f"{values[m][0]:+.1f} ± {values[m][1]:.1f} %" if unit == "%" else
+                 f"{values[m][0]:.4f} ± {values[m][1]:.4f}" for m in METRICS)
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)

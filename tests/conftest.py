@@ -1,0 +1,87 @@
+"""Small models, tokenizers and worlds that several test files share."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from cetrec import TemporalLlama, tiny_tokenizer  # noqa: E402
+from data import Tokenizer  # noqa: E402
+from llama import Llama, LlamaConfig  # noqa: E402
+
+TITLES = ["Heat (1995)", "Toy Story (1995)", 'Say "Cheese", Amélie (2001)', "Seven 7 Samurai (1954)",
+          "Jumanji (1995)", "Heat", "Alien³ (1992)", "1984 (1984)", "Ran", "Up, Up and Away (2000)",
+          "Ocean's 11 (2001)", "Se7en (1995)"]
+
+# how Llama 3 splits text before merging; the facts that matter for item spans follow from it
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def small_config(**changes) -> LlamaConfig:
+    """A Llama with grouped heads and a head width that is not hidden_size / heads."""
+    sizes = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512)
+    return LlamaConfig(**(sizes | changes))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def llama() -> Llama:
+    model = Llama(small_config())
+    for p in model.parameters():        # larger than the initial 0.02: differences become visible
+        p.data += 0.2 * torch.randn_like(p)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return tiny_tokenizer(TITLES, np.ones(len(TITLES), dtype=int), "movies", 600)
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer() -> Tokenizer:
+    """Byte-level BPE with Llama 3's own splitting, so that tokens straddle quotes and titles."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(['"' + '", "'.join(TITLES) + '"\n'] * 3, tokenizers.trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())))
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)])
+    return Tokenizer(bpe, (1,))
+
+
+@pytest.fixture
+def temporal(tokenizer):
+    """kind -> a small TemporalLlama for the session's tokenizer, away from its initial values."""
+    def build(kind: str = "rope", scale: float = 1.0) -> TemporalLlama:
+        torch.manual_seed(1)
+        model = Llama(small_config(vocab_size=tokenizer.bpe.get_vocab_size()))
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        return TemporalLlama(model, kind, scale, tokenizer).eval()
+    return build
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder named by CETREC_DATA, which holds ml-100k/ and others as unpacked."""
+    folder = Path(os.environ.get("CETREC_DATA", "data"))
+    if not (folder / "ml-100k").is_dir():
+        pytest.skip("no real data: set CETREC_DATA to the folder that holds ml-100k/ and ml-1m/")
+    return folder
