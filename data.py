@@ -1,4 +1,5 @@
-"""Raw files -> chronological sequences -> splits -> prompts with item spans -> batches (§3.1, §5.1.1).
+"""Raw files -> chronological sequences -> splits -> prompts with item spans -> batches (§3.1,
+§5.1.1).
 
 Also the synthetic world: a generator in the spirit of the paper's Figure 1 whose best possible
 recommendation is known. Imports nothing of ours. Downloads and the paper's filters are left out.
@@ -12,9 +13,10 @@ import hashlib
 import io
 import itertools
 import json
+import re
 from array import array
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,8 @@ class Interactions:
     items: np.ndarray           # (rows,) int64, index into titles
     timestamps: np.ndarray      # (rows,) int64, seconds
     titles: list[str]           # unique, in the order of the item file
-    checksums: dict[str, str]   # file name -> sha256
+    domain: str = "movies"      # a key of DOMAINS: the words of the prompt
+    checksums: dict[str, str] = field(default_factory=dict)     # file name -> sha256
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,11 @@ def _rows(path: Path, separator: str, columns: int, encoding: str, checksums: di
     """Yield (line number, fields) of a text file, plain or gzipped."""
     packed = path.with_name(path.name + ".gz")
     try:
-        if path.exists() or not packed.exists():
-            raw = path.read_bytes()
-        else:
-            path, raw = packed, gzip.decompress(packed.read_bytes())
+        if not path.exists():
+            path = packed
+        raw = path.read_bytes()
+        if path == packed:
+            raw = gzip.decompress(raw)
     except (EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: damaged gzip file ({error}). Fetch it again") from None
     checksums[path.name] = hashlib.sha256(raw).hexdigest()
@@ -118,36 +122,38 @@ def load_interactions(name: str, data_dir: str | Path) -> Interactions:
     for file in (form.ratings, form.titles):
         if not (folder / file).is_file() and not (folder / f"{file}.gz").is_file():
             raise FileNotFoundError(
-                f"{folder / file}: not found (nor {file}.gz). Download {form.address}, unpack it in "
+                f"{folder / file}: not found (nor {file}.gz). Download {form.address}, unpack it "
+                f"in "
                 f"{data_dir}, or pass --data-dir; --data synthetic needs nothing")
     checksums: dict[str, str] = {}
-    number, path = 0, folder / form.titles
+    row, path = (0, []), folder / form.titles       # where reading stands, for error messages
     try:
         index, titles = {}, []
-        for number, row in _rows(path, form.separators[1], form.columns[1], form.encoding, checksums):
-            item, title = int(row[0]), row[1].strip()
+        for row in _rows(path, form.separators[1], form.columns[1], form.encoding, checksums):
+            item, title = int(row[1][0]), row[1][1].strip()
             if not title or "\n" in title:
-                raise ValueError(f"title {row[1]!r} is empty or has a line break")
+                raise ValueError(f"title {row[1][1]!r} is empty or has a line break")
             if item in index:
                 raise ValueError(f"item {item} is listed twice")
             index[item] = len(titles)
             titles.append(title)
-        number, path = 0, folder / form.ratings
+        row, path = (0, []), folder / form.ratings
         users, items, timestamps = array("q"), array("q"), array("q")
-        for number, row in _rows(path, form.separators[0], form.columns[0], form.encoding, checksums):
-            user, item, _, timestamp = row
+        for row in _rows(path, form.separators[0], form.columns[0], form.encoding, checksums):
+            user, item, _, timestamp = row[1]
             users.append(int(user))
             items.append(index[int(item)])
             timestamps.append(int(timestamp))
     except KeyError as error:
-        raise ValueError(f"{path}, line {number}: unknown item {error}, not in {form.titles}") from None
+        raise ValueError(f"{path}, line {row[0]}: unknown item {error}, not in {form.titles}. "
+                         "Repair or remove the line") from None
     except (ValueError, OverflowError) as error:
         if str(error).startswith(str(folder)):
             raise
-        what = str(error).replace("invalid literal for int() with base 10:", "expected an integer, got")
-        raise ValueError(f"{path}, line {number}: {what}") from None
-    return Interactions(*(np.asarray(column, dtype=np.int64) for column in (users, items, timestamps)),
-                        unique_titles(titles), checksums)
+        what = re.sub(r"invalid literal.*: ", "expected an integer, got ", str(error))
+        raise ValueError(f"{path}, line {row[0]}: {what}. Repair or remove the line") from None
+    columns = (np.asarray(column, dtype=np.int64) for column in (users, items, timestamps))
+    return Interactions(*columns, unique_titles(titles), checksums=checksums)
 
 
 def unique_titles(titles: list[str]) -> list[str]:
@@ -178,6 +184,8 @@ class Sequences:
     starts: np.ndarray          # (len,) first history row
     targets: np.ndarray         # (len,) row of the answer
     timestamps: np.ndarray      # (len,) of the answer
+    titles: list[str]           # (N,) of all items
+    domain: str
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -190,10 +198,14 @@ class Sequences:
         """Item id of the answer."""
         return int(self.items[self.targets[i]])
 
+    def words(self, items) -> list[str]:
+        """Titles of item ids."""
+        return [self.titles[item] for item in items]
+
     def select(self, indices) -> "Sequences":
         """The given sequences, in that order."""
-        return Sequences(self.items, self.starts[indices], self.targets[indices],
-                         self.timestamps[indices])
+        return replace(self, starts=self.starts[indices], targets=self.targets[indices],
+                       timestamps=self.timestamps[indices])
 
 
 def make_sequences(interactions: Interactions, min_history: int = 3,
@@ -202,13 +214,15 @@ def make_sequences(interactions: Interactions, min_history: int = 3,
 
     Users are sorted by (timestamp, file order); the history is the last max_history items.
     """
-    order = np.lexsort((interactions.timestamps, interactions.users))     # stable: ties in file order
+    # stable: ties in file order
+    order = np.lexsort((interactions.timestamps, interactions.users))
     users = interactions.users[order]
     rows = np.arange(len(users))
     first = np.searchsorted(users, users)                   # first row of the row's user
     targets = rows[rows - first >= min_history]
     return Sequences(interactions.items[order], np.maximum(first[targets], targets - max_history),
-                     targets, interactions.timestamps[order][targets])
+                     targets, interactions.timestamps[order][targets], interactions.titles,
+                     interactions.domain)
 
 
 def split_by_time(sequences: Sequences, ratios=(8, 1, 1)) -> tuple[Sequences, Sequences, Sequences]:
@@ -217,7 +231,8 @@ def split_by_time(sequences: Sequences, ratios=(8, 1, 1)) -> tuple[Sequences, Se
     Raises ValueError for fewer than 10 sequences.
     """
     if len(sequences) < 10:
-        raise ValueError(f"{len(sequences)} sequences; wanted at least 10 to split 8:1:1. A user gives "
+        raise ValueError(f"{len(sequences)} sequences; wanted at least 10 to split 8:1:1. A user "
+                         f"gives "
                          "one for every interaction after the third")
     order = np.argsort(sequences.timestamps, kind="stable")
     a = len(order) * ratios[0] // sum(ratios)
@@ -251,7 +266,8 @@ DOMAINS = {     # words of Table 1 and of BIGRec; the music words are ours, no s
 
 
 def build_prompt(history_titles, domain: str = "movies") -> tuple[str, list[tuple[int, int]]]:
-    """The one prompt of this project (Table 1), and the character span [start, end) of each title."""
+    """The one prompt of this project (Table 1), and the character span [start, end) of each
+    title."""
     before, after = TEMPLATE.split("{history}")
     words = DOMAINS[domain]
     text, spans = before.format(**words), []
@@ -271,7 +287,8 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """Read tokenizer.json; EOS from tokenizer_config.json, generation_config.json, config.json."""
+        """Read tokenizer.json; EOS from tokenizer_config.json, generation_config.json,
+        config.json."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found. A checkpoint folder holds config.json, "
@@ -282,7 +299,8 @@ class Tokenizer:
             raise ValueError(f"{path}: not a tokenizer file ({error})") from None
         eos_ids: list[int] = []
         for name, key in (("tokenizer_config.json", "eos_token"),
-                          ("generation_config.json", "eos_token_id"), ("config.json", "eos_token_id")):
+                          ("generation_config.json", "eos_token_id"), ("config.json",
+                                                                       "eos_token_id")):
             if not (path.parent / name).is_file():
                 continue
             try:
@@ -311,11 +329,14 @@ class Example:
     labels: list[int]       # the token itself where it is part of the answer, else IGNORE
 
 
-def encode_examples(tokenizer: Tokenizer, histories, targets, domain: str = "movies") -> list[Example]:
-    """Tokenise many at once. histories: titles, oldest first; targets: a title, or None at inference.
+def encode_examples(tokenizer: Tokenizer, histories, targets,
+                    domain: str = "movies") -> list[Example]:
+    """Tokenise many at once. histories: titles, oldest first; targets: a title, or None at
+    inference.
 
-    Items and answer are found by the tokenizer's character offsets: a token belongs to an item if it
-    overlaps its title, also when it straddles a quote; token ids never decide (BASELINES of Table 1:
+    Items and answer are found by the tokenizer's character offsets: a token belongs to an item if
+    it overlaps its title, also when it straddles a quote; token ids never decide (BASELINES of
+    Table 1:
     the same title has other ids at another place).
     """
     texts, spans, starts = [], [], []
@@ -325,9 +346,11 @@ def encode_examples(tokenizer: Tokenizer, histories, targets, domain: str = "mov
         spans.append(np.array(places).reshape(-1, 2))
         texts.append(prompt if target is None else f'{prompt}"{target}"')
     examples = []
-    for encoding, span, start, target in zip(tokenizer.bpe.encode_batch(texts), spans, starts, targets):
+    for encoding, span, start, target in zip(tokenizer.bpe.encode_batch(texts), spans, starts,
+                                             targets):
         begin, end = np.array(encoding.offsets).T
-        item = np.searchsorted(span[:, 1], begin, side="right")    # first title ending after the token
+        # first title ending after the token
+        item = np.searchsorted(span[:, 1], begin, side="right")
         inside = item < len(span)
         inside[inside] = end[inside] > span[item[inside], 0]
         tokens = encoding.ids
@@ -357,7 +380,8 @@ class Batch:
 
     def to(self, device) -> "Batch":
         """The same batch on another device."""
-        return Batch(*(x.to(device, non_blocking=True) for x in (self.tokens, self.item_pos, self.labels)),
+        return Batch(*(x.to(device, non_blocking=True) for x in (self.tokens, self.item_pos,
+                                                                 self.labels)),
                      self.prefix)
 
 
@@ -371,6 +395,20 @@ def collate(examples: list[Example]) -> Batch:
     same = ((tokens == tokens[0]) & (item_pos == NO_ITEM) & (labels == IGNORE)).all(axis=0)
     prefix = min(int(same.cumprod().sum()), min(len(e.tokens) for e in examples) - 1)
     return Batch(*(torch.from_numpy(x) for x in (tokens, item_pos, labels)), prefix)
+
+
+def check_context(tokenizer: Tokenizer, sequences: Sequences, context: int) -> None:
+    """Raise ValueError if the longest sequence does not fit a context of so many tokens."""
+    width = np.array([len(e.ids) for e in tokenizer.bpe.encode_batch(sequences.titles)])
+    total = np.concatenate(([0], width[sequences.items].cumsum()))
+    i = int(np.argmax(total[sequences.targets + 1] - total[sequences.starts]))
+    history = sequences.words(sequences.history(i))
+    answer = sequences.titles[sequences.target(i)]
+    tokens = len(encode_example(tokenizer, history, answer, sequences.domain).tokens)
+    if tokens > context:
+        raise ValueError(f"a history of {len(history)} items, {history[0]!r} to {history[-1]!r}, "
+                         f"makes {tokens} tokens with its answer, more than the base's context of "
+                         f"{context}. Use a base with a longer context")
 
 
 def show_prompt(tokenizer: Tokenizer, example: Example) -> str:
@@ -388,7 +426,8 @@ def show_prompt(tokenizer: Tokenizer, example: Example) -> str:
 # The synthetic world: the next item depends on order in a known way, so the best is known too
 
 GENRES = {
-    "Western": ("Canyon Rider Saddle Prairie Stagecoach", "Dusty Lonesome Crooked Restless Scarlet"),
+    "Western": ("Canyon Rider Saddle Prairie Stagecoach",
+                "Dusty Lonesome Crooked Restless Scarlet"),
     "Space": ("Orbit Nebula Starship Comet Airlock", "Silent Frozen Distant Burning Hollow"),
     "Mystery": ("Cellar Alibi Lantern Cipher Footstep", "Missing Borrowed Midnight Velvet Locked"),
     "Romance": ("Summer Letter Bouquet Waltz Harbour", "Gentle Faithful Secret Golden Second"),
@@ -404,9 +443,9 @@ class SyntheticWorld:
         w_k = (1 - s)/n + s decay^k / Σ_j decay^j,      k steps back in a history of n ≤ 10
         q(. | i) = 0.6 the next part of i's franchise + 0.3 uniform over i's genre + 0.1 popularity
 
-    After a franchise's last part its 0.6 goes to the genre. s is the order strength: at 0 the history
-    is a set, and the best order-aware and order-blind recommenders are the same. Users have 4 to 11
-    interactions, so a visible history is a whole one. The first item follows popularity.
+    After a franchise's last part its 0.6 goes to the genre. s is the order strength: at 0 the
+    history is a set, and the best order-aware and order-blind recommenders are the same. Users have
+    4 to 11 interactions, so a visible history is a whole one. The first item follows popularity.
     """
 
     def __init__(self, items: int = 300, strength: float = 1.0, decay: float = 0.5, seed: int = 0):
@@ -420,11 +459,13 @@ class SyntheticWorld:
         genre, franchise = np.zeros(items, dtype=int), np.zeros(items, dtype=int)
         names = {g: [f"{a} {n}" for a in adjectives.split() for n in nouns.split()]
                  for g, (nouns, adjectives) in GENRES.items()}
-        for used in itertools.count():              # franchises of one to five parts, genre by genre
+        # franchises of one to five parts, genre by genre
+        for used in itertools.count():
             g = used % len(GENRES)
             pool = names[list(GENRES)[g]]
             lap, place = divmod(used // len(GENRES), len(pool))
-            name = pool[place] + (f" of {list(GENRES)[lap % len(GENRES)]} {1900 + lap}" if lap else "")
+            name = pool[place] + (f" of {list(GENRES)[lap % len(GENRES)]} {1900 + lap}" if lap
+                                  else "")
             for part in range(1, min(rng.integers(3, 9), items - len(self.titles)) + 1):
                 genre[len(self.titles)], franchise[len(self.titles)] = g, used
                 self.titles.append(name if part == 1 else f"{name} {part}")
@@ -453,8 +494,8 @@ class SyntheticWorld:
         """p(next | the set of the history's items): p averaged over the orders it could have had.
 
         Orders are drawn one item at a time in proportion to the generator's own probabilities among
-        the set's remaining items; an order's weight is the product of what those probabilities summed
-        to, so the weighted mean is a consistent estimate.  (B, n) -> (B, N)
+        the set's remaining items; an order's weight is the product of what those probabilities
+        summed to, so the weighted mean is a consistent estimate.  (B, n) -> (B, N)
         """
         rng = np.random.default_rng([seed, 2])
         B, n = histories.shape
@@ -476,7 +517,8 @@ class SyntheticWorld:
                 draw = rng.random((samples, 1)) * cumulative[:, -1:]
                 order[:, t] = (cumulative <= draw).sum(axis=1).clip(max=n - 1)
                 np.put_along_axis(chosen, order[:, t:t + 1], True, axis=1)
-            # p(next | order) = Σ_k w_k q(next | item_k) / Z(order): linear in w_k / Z, so average that
+            # p(next | order) = Σ_k w_k q(next | item_k) / Z(order): linear in w_k / Z, so average
+            # that
             w = np.zeros((samples, n))
             np.put_along_axis(w, order, np.broadcast_to(self.weights(n), w.shape), axis=1)
             w /= 1 - (w @ among[b]).sum(axis=1, keepdims=True)
@@ -502,4 +544,4 @@ class SyntheticWorld:
             86_400, size=taken.shape).cumsum(axis=1).astype(np.int64)
         real = np.arange(11) < lengths[:, None]
         owner = np.broadcast_to(np.arange(users)[:, None], real.shape)
-        return Interactions(owner[real], taken[real], times[real], list(self.titles), {})
+        return Interactions(owner[real], taken[real], times[real], list(self.titles))

@@ -1,7 +1,8 @@
-"""Llama 3 in plain PyTorch: the frozen backbone Θ of the paper (§3.2), Eq. 4 and 5 for token positions.
+"""Llama 3 in plain PyTorch: the frozen backbone Θ of the paper (§3.2), Eq. 4 and 5 for token
+positions.
 
-Read this file first; it imports nothing of ours. Parameters carry the names of published checkpoints
-without the leading `model.`, so the module tree below *is* the table of weight names.
+Read this file first; it imports nothing of ours. Parameters carry the names of published
+checkpoints without the leading `model.`, so the module tree below *is* the table of weight names.
 
 Shapes: B batch, T new tokens, S tokens seen so far (cache and new), C width, H query heads,
 G key/value heads, D head width, V vocabulary.
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama, with the field names of a published config.json; the sizes have no defaults."""
+    """Sizes of a Llama, with the field names of a published config.json; the sizes have no
+    defaults."""
 
     vocab_size: int
     hidden_size: int
@@ -89,7 +91,8 @@ class LlamaConfig:
         try:
             return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {str(error).removeprefix('LlamaConfig.__init__() ')}") from None
+            what = str(error).removeprefix("LlamaConfig.__init__() ")
+            raise ValueError(f"{path}: {what}") from None
 
 
 def rope_kind(scaling: dict | None) -> str:
@@ -98,7 +101,8 @@ def rope_kind(scaling: dict | None) -> str:
 
 
 def inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
-    """Θ of Eq. 4: rope_theta^(-2i/D) for i < D/2, slowed for long contexts if "llama3". -> (D/2,)"""
+    """Θ of Eq. 4: rope_theta^(-2i/D) for i < D/2, slowed for long contexts if "llama3". ->
+    (D/2,)"""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     inv_freq = 1.0 / config.rope_theta ** (half / config.head_dim)
     if rope_kind(config.rope_scaling) == "llama3":
@@ -111,7 +115,8 @@ def inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pair (i, i + D/2) of each head by its angle. Eq. 4.  x (B, H, T, D), cos/sin (.., T, D/2)
+    """Turn pair (i, i + D/2) of each head by its angle. Eq. 4.  x (B, H, T, D), cos/sin (.., T,
+    D/2)
 
     Split halves: i turns with i + D/2, as in published safetensors; Meta's .pth files interleave.
     """
@@ -272,7 +277,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        for name, weight in self.named_parameters():
+        for weight in self.parameters():
             if weight.dim() > 1:
                 nn.init.normal_(weight, std=0.02)
 
@@ -285,7 +290,8 @@ class Llama(nn.Module):
         return self.lm_head(hidden)
 
     def positions(self, new: int, cache: KVCache | None, device) -> Tensor:
-        """Default positions of `new` tokens: counted on from the cache, its hidden slots not counted.
+        """Default positions of `new` tokens: counted on from the cache, its hidden slots not
+        counted.
 
         -> (T,), or (B, T) when the rows of the cache differ in length
         """
@@ -369,18 +375,21 @@ def load_llama(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
                         misshaped.append(f"{stored} {tuple(tensor.shape)}, wanted "
                                          f"{tuple(wanted[name].shape)}")
                     elif not tensor.is_floating_point() or not tensor.isfinite().all():
-                        raise ValueError(f"{path}: {stored} holds values that are not finite numbers")
+                        raise ValueError(f"{path}: {stored} holds values that are not finite")
                     found[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
         except SafetensorError as error:
             raise ValueError(f"{path}: damaged or truncated ({error}). Fetch it again") from None
     missing = [name for name in wanted if name not in found]
     if missing or unexpected or misshaped:
+        lists = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
         parts = [f"{len(names)} tensors {what}, e.g. {', '.join(names[:3])}"
-                 for what, names in (("missing", missing), ("unexpected", unexpected),
-                                     ("of another shape", misshaped)) if names]
-        raise ValueError(f"{folder}: {'; '.join(parts)}. Do config.json and the weights belong together?")
-    model.load_state_dict(found, strict=not config.tie_word_embeddings, assign=True)
+                 for what, names in lists.items() if names]
+        raise ValueError(f"{folder}: {'; '.join(parts)}. "
+                         "Do config.json and the weights belong together?")
     if config.tie_word_embeddings:
+        found["lm_head.weight"] = found["embed_tokens.weight"]
+    model.load_state_dict(found, assign=True)
+    if config.tie_word_embeddings:                  # one parameter again, not two of one storage
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
 
@@ -389,7 +398,8 @@ def save_llama(model: Llama, folder: str | Path) -> None:
     """Write config.json and model.safetensors under published names; each file appears whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name if name.startswith("lm_head") else f"model.{name}": p.detach().contiguous().cpu()
+    tensors = {name if name.startswith("lm_head")
+               else f"model.{name}": p.detach().contiguous().cpu()
                for name, p in model.named_parameters()}
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",

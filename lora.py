@@ -1,7 +1,9 @@
 """LoRA: low-rank factors Φ beside frozen weights Θ (§3.1, Eq. 2).  y = W x + (α/R) B A dropout(x)
 
-Knows only torch. Files have peft's layout and names (adapter_config.json, adapter_model.safetensors).
-Left out: DoRA, rank-stabilised scaling, biases, ranks that differ by layer; files with them are refused.
+Knows only torch. Files have peft's layout and names (adapter_config.json,
+adapter_model.safetensors).
+Left out: DoRA, rank-stabilised scaling, biases, ranks that differ by layer; files with them are
+refused.
 
 Shapes: R rank; A (R, in), B (out, R).
 """
@@ -37,13 +39,15 @@ class LoraConfig:
             raise ValueError(f"LoRA alpha is {self.alpha!r}; wanted a positive number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA dropout is {self.dropout!r}; wanted a number in [0, 1)")
-        if not self.targets or (unknown := set(self.targets) - set(ALL_LINEAR)):
-            raise ValueError(f"LoRA targets {', '.join(sorted(unknown)) if self.targets else 'empty'}: "
+        unknown = sorted(set(self.targets) - set(ALL_LINEAR))
+        if unknown or not self.targets:
+            raise ValueError(f"LoRA targets {', '.join(unknown) or 'empty'}: "
                              f"wanted names among {', '.join(ALL_LINEAR)}")
 
 
 class LoraLinear(nn.Linear):
-    """A frozen linear map plus its factors. A is random, B zero, so B A = 0 before the first step."""
+    """A frozen linear map plus its factors. A is random, B zero, so B A = 0 before the first
+    step."""
 
     def __init__(self, linear: nn.Linear, config: LoraConfig):
         nn.Module.__init__(self)        # shares the weight: nothing is allocated or copied
@@ -52,9 +56,10 @@ class LoraLinear(nn.Linear):
         self.config = config
         self.scale = config.alpha / config.rank
         w = linear.weight
-        self.A = nn.Parameter(torch.empty(config.rank, w.shape[1], dtype=torch.float32, device=w.device))
-        self.B = nn.Parameter(torch.zeros(w.shape[0], config.rank, dtype=torch.float32, device=w.device))
+        self.A = nn.Parameter(w.new_empty(config.rank, w.shape[1], dtype=torch.float32))
+        self.B = nn.Parameter(w.new_zeros(w.shape[0], config.rank, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.train(linear.training)     # born in training mode; wrapping must not switch it
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's precision; the factors' product is float32"""
@@ -80,7 +85,8 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float 
     found = [(parent, name, child) for parent in model.modules() for name, child in
              parent.named_children() if isinstance(child, nn.Linear) and name in config.targets]
     if absent := set(config.targets) - {name for _, name, _ in found}:
-        raise ValueError(f"LoRA targets {', '.join(sorted(absent))}: no such linear map in the model")
+        raise ValueError(f"LoRA targets {', '.join(sorted(absent))}: no such linear map in the "
+                         f"model")
     for parent, name, child in found:
         setattr(parent, name, LoraLinear(child, config))
     return lora_parameters(model)
@@ -127,7 +133,8 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if settings.get("peft_type") != "LORA":
             raise ValueError(f"peft_type is {settings.get('peft_type')!r}; wanted 'LORA'")
-        for switch in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        for switch in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern",
+                       "alpha_pattern"):
             if settings.get(switch):
                 raise ValueError(f"{switch} is set; not implemented")
         if settings.get("bias", "none") != "none":
@@ -147,7 +154,8 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
                    name not in stored or wanted[name].shape != stored[name].shape)
     if wrong:
         merge_lora(model)               # the factors are zero still: this takes them out again
-        raise ValueError(f"{weights}: {len(wrong)} tensors missing, unexpected or of another shape, "
+        raise ValueError(f"{weights}: {len(wrong)} tensors missing, unexpected or of another "
+                         f"shape, "
                          f"e.g. {', '.join(wrong[:3])}. Does the adapter belong to this base?")
     for name, tensor in wanted.items():
         tensor.copy_(stored[name])
@@ -161,4 +169,5 @@ def merge_lora(model: nn.Module) -> None:
         merged = m.weight.float() + m.scale * (m.B @ m.A)
         linear.weight = nn.Parameter(merged.to(m.weight.dtype).detach(), requires_grad=False)
         linear.bias = m.bias
-        model.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2], linear)
+        model.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2],
+                                                                     linear)

@@ -15,9 +15,9 @@ from cetrec import TemporalLlama, tiny_tokenizer  # noqa: E402
 from data import Tokenizer  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 
-TITLES = ["Heat (1995)", "Toy Story (1995)", 'Say "Cheese", Amélie (2001)', "Seven 7 Samurai (1954)",
-          "Jumanji (1995)", "Heat", "Alien³ (1992)", "1984 (1984)", "Ran", "Up, Up and Away (2000)",
-          "Ocean's 11 (2001)", "Se7en (1995)"]
+TITLES = ["Heat (1995)", "Toy Story (1995)", 'Say "Cheese", Amélie (2001)',
+          "Seven 7 Samurai (1954)", "Jumanji (1995)", "Heat", "Alien³ (1992)", "1984 (1984)",
+          "Ran", "Up, Up and Away (2000)", "Ocean's 11 (2001)", "Se7en (1995)"]
 
 # how Llama 3 splits text before merging; the facts that matter for item spans follow from it
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -26,8 +26,9 @@ LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,
 
 def small_config(**changes) -> LlamaConfig:
     """A Llama with grouped heads and a head width that is not hidden_size / heads."""
-    sizes = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512)
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+             "max_position_embeddings": 512}
     return LlamaConfig(**(sizes | changes))
 
 
@@ -47,7 +48,7 @@ def llama() -> Llama:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return tiny_tokenizer(TITLES, np.ones(len(TITLES), dtype=int), "movies", 600)
+    return tiny_tokenizer(TITLES, np.ones(len(TITLES), dtype=int), "movies", 540)
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,17 @@ from conftest import small_config
 from safetensors.torch import load_file, save_file
 
 import llama as llama_module
-from llama import (KVCache, Llama, LlamaConfig, attend_explicit, attend_fused, inverse_frequencies,
-                   load_llama, rotate, save_llama)
+from llama import (
+    KVCache,
+    Llama,
+    LlamaConfig,
+    attend_explicit,
+    attend_fused,
+    inverse_frequencies,
+    load_llama,
+    rotate,
+    save_llama,
+)
 
 TOKENS = torch.tensor([[5, 9, 2, 44, 17, 3, 60, 8]])
 
@@ -68,14 +77,15 @@ def test_attention_scores_depend_on_position_differences_only():
 
 def test_shifting_all_positions_changes_nothing_and_stretching_does(llama):
     here, T = llama(TOKENS), TOKENS.shape[1]
-    torch.testing.assert_close(llama(TOKENS, positions=torch.arange(T) + 37), here, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(llama(TOKENS, positions=torch.arange(T) + 37), here, rtol=1e-4,
+                               atol=1e-4)
     torch.testing.assert_close(llama(TOKENS, positions=torch.arange(T).float()[None]), here)
     assert (llama(TOKENS, positions=torch.arange(T) * 1.5) - here).abs().max() > 1e-2
 
 
 def test_llama3_scaling_keeps_fast_pairs_slows_slow_ones_and_blends_between():
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 64}
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     plain = inverse_frequencies(small_config(head_dim=64))
     scaled = inverse_frequencies(small_config(head_dim=64, rope_scaling=scaling))
     wavelength = 2 * math.pi / plain
@@ -87,8 +97,9 @@ def test_llama3_scaling_keeps_fast_pairs_slows_slow_ones_and_blends_between():
         scaled[middle] > plain[middle] / 8).all()
 
 
-@pytest.mark.parametrize("scaling", [None, {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
-                                            "high_freq_factor": 4.0, "original_max_position_embeddings": 16}])
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "llama3", "factor": 4.0,
+                                            "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                            "original_max_position_embeddings": 16}])
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_equal_transformers(tmp_path, scaling, tied):
     transformers = pytest.importorskip("transformers")
@@ -97,7 +108,8 @@ def test_logits_equal_transformers(tmp_path, scaling, tied):
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     tokens = torch.randint(61, (2, 40))
     with torch.no_grad():
-        torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens).logits, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens).logits, rtol=2e-5,
+                                   atol=2e-5)
 
 
 def test_embeddings_can_stand_in_for_tokens(llama):
@@ -106,7 +118,8 @@ def test_embeddings_can_stand_in_for_tokens(llama):
 
 def test_right_padding_is_never_seen(llama):
     padded = torch.cat((TOKENS, torch.randint(61, (1, 5))), dim=1)
-    torch.testing.assert_close(llama(padded)[:, :TOKENS.shape[1]], llama(TOKENS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(llama(padded)[:, :TOKENS.shape[1]], llama(TOKENS), rtol=1e-5,
+                               atol=1e-5)
 
 
 def test_cached_steps_equal_one_pass(llama):
@@ -141,7 +154,8 @@ def test_a_prefix_run_once_serves_all_rows_with_the_same_gradients(llama):
     llama(TOKENS, cache=cache)
     shared = llama(rows, cache=cache)
     torch.testing.assert_close(shared, whole, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(torch.autograd.grad(shared.square().sum(), list(llama.parameters())[:-1]),
+    for ours, theirs in zip(torch.autograd.grad(shared.square().sum(),
+                                                list(llama.parameters())[:-1]),
                             expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -160,7 +174,8 @@ def shard(folder: Path) -> None:
     """Split model.safetensors in two with an index, as large checkpoints are published."""
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
-    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    halves = {"model-00001-of-00002.safetensors": names[::2],
+              "model-00002-of-00002.safetensors": names[1::2]}
     for file, part in halves.items():
         save_file({name: tensors[name] for name in part}, folder / file)
     (folder / "model.safetensors").unlink()
@@ -187,13 +202,15 @@ def edit(folder: Path, change) -> None:
 @pytest.mark.parametrize("change, message", [
     (lambda c: c.update(model_type="gpt2"), "model_type is 'gpt2'"),
     (lambda c: c.update(attention_bias=True), "attention_bias"),
-    (lambda c: c.update(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "'yarn' is not implemented"),
+    (lambda c: c.update(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+     "'yarn' is not implemented"),
     (lambda c: c.update(rope_scaling={"type": "llama3", "factor": 4.0}), "lacks low_freq_factor"),
     (lambda c: c.update(hidden_size="wide"), "hidden_size is 'wide'"),
     (lambda c: c.pop("vocab_size"), "vocab_size"),
     (lambda c: c.update(num_key_value_heads=3), "cannot share"),
 ])
-def test_a_config_this_forward_does_not_implement_is_refused_by_name(tmp_path, llama, change, message):
+def test_a_config_this_forward_does_not_implement_is_refused_by_name(tmp_path, llama, change,
+                                                                     message):
     save_llama(llama, tmp_path)
     edit(tmp_path, change)
     with pytest.raises(ValueError, match=message):
@@ -203,7 +220,8 @@ def test_a_config_this_forward_does_not_implement_is_refused_by_name(tmp_path, l
 def test_newer_and_older_config_layouts_mean_the_same(tmp_path, llama):
     save_llama(llama, tmp_path)
     edit(tmp_path, lambda c: (c.pop("rope_theta"), c.pop("rope_scaling"),
-                              c.update(rope_parameters={"rope_type": "default", "rope_theta": 500_000.0})))
+                              c.update(rope_parameters={"rope_type": "default",
+                                                        "rope_theta": 500_000.0})))
     assert LlamaConfig.from_folder(tmp_path) == llama.config
 
 
@@ -233,10 +251,11 @@ def test_damaged_weights_are_one_clear_error(tmp_path, llama):
 
 
 def test_a_really_trained_llama_says_its_known_text():
-    """stories260K (karpathy/tinyllamas as a checkpoint folder): greedy decoding is known to the token."""
+    """stories260K (karpathy/tinyllamas as a checkpoint folder): greedy decoding is known to the
+    token."""
     folder = Path(os.environ.get("CETREC_STORIES", "stories260K"))
     if not (folder / "greedy.json").is_file():
-        pytest.skip("set CETREC_STORIES to a folder with the stories260K checkpoint and greedy.json")
+        pytest.skip("set CETREC_STORIES to a stories260K checkpoint folder with greedy.json")
     wanted = json.loads((folder / "greedy.json").read_text())["ids"]
     model, cache, tokens = load_llama(folder), KVCache(), wanted[:1]
     with torch.no_grad():

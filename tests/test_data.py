@@ -1,0 +1,329 @@
+"""data.py: raw formats, windows, the split, prompts and spans, batches, the synthetic world."""
+
+import gzip
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import TITLES
+
+import data
+from data import (
+    IGNORE,
+    NO_ITEM,
+    Interactions,
+    SyntheticWorld,
+    build_prompt,
+    collate,
+    encode_example,
+    load_interactions,
+    make_sequences,
+    show_prompt,
+    split_by_time,
+    unique_titles,
+)
+
+
+def write_ml1m(root, ratings, movies="1::Heat (1995)::Action\n2::Amélie (2001)::Comedy\n",
+               pack=False):
+    folder = root / "ml-1m"
+    folder.mkdir(exist_ok=True)
+    (folder / "movies.dat").write_bytes(movies.encode("latin-1"))
+    if pack:
+        (folder / "ratings.dat.gz").write_bytes(gzip.compress(ratings.encode()))
+    else:
+        (folder / "ratings.dat").write_text(ratings)
+    return root
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_movielens_1m_plain_and_gzipped(tmp_path, pack):
+    x = load_interactions("movielens", write_ml1m(tmp_path, "7::2::5::100\n7::1::3::99\n",
+                                                  pack=pack))
+    assert x.titles == ["Heat (1995)", "Amélie (2001)"]
+    assert (x.users.tolist(), x.items.tolist(), x.timestamps.tolist()) == ([7, 7], [1, 0], [100,
+                                                                                            99])
+    assert len(x.checksums) == 2
+
+
+def test_movielens_100k_and_latest_small(tmp_path):
+    for name in ("ml-100k", "ml-latest-small"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "ml-100k/u.data").write_text("3\t1\t4\t880000000\n")
+    (tmp_path / "ml-100k/u.item").write_bytes(("1|Amélie (2001)|" + "|" * 21
+                                               + "\n").encode("latin-1"))
+    x = load_interactions("ml-100k", tmp_path)
+    assert (x.titles, x.timestamps.tolist()) == (["Amélie (2001)"], [880000000])
+    (tmp_path / "ml-latest-small/ratings.csv").write_text(
+        "userId,movieId,rating,timestamp\n1,11,4.0,964982703\n1,12,0.5,964982704\n")
+    (tmp_path / "ml-latest-small/movies.csv").write_text(
+        'movieId,title,genres\n11,"American President, The (1995)",Drama\n12,"A ""B"" Ç",x\n',
+        "utf-8")
+    x = load_interactions("ml-latest-small", tmp_path)
+    assert x.titles == ["American President, The (1995)", 'A "B" Ç'] and x.items.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("ratings, message", [
+    ("", "ratings.dat: holds no rows"),
+    ("1::1::5::9\n1::1::5\n", "ratings.dat, line 2: 3 fields, expected 4 separated by '::'"),
+    ("1::1::5::9\n1::x::5::9\n", "ratings.dat, line 2: expected an integer, got 'x'"),
+    ("1::1::5::9\n\n", "ratings.dat, line 2: 1 fields"),
+    ("1::99::5::9\n", "ratings.dat, line 1: unknown item 99, not in movies.dat"),
+    ("1::1::5::99999999999999999999\n", "ratings.dat, line 1"),
+])
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path, ratings, message):
+    with pytest.raises(ValueError, match=message):
+        load_interactions("movielens", write_ml1m(tmp_path, ratings))
+
+
+@pytest.mark.parametrize("movies, message", [
+    ("1::Heat::x\n1::Ran::x\n", "movies.dat, line 2: item 1 is listed twice"),
+    ("1:: ::x\n", "movies.dat, line 1: title ' ' is empty"),
+])
+def test_a_malformed_title_is_named_by_file_and_line(tmp_path, movies, message):
+    with pytest.raises(ValueError, match=message):
+        load_interactions("movielens", write_ml1m(tmp_path, "1::1::5::9\n", movies))
+
+
+def test_undecodable_bytes_damaged_gzip_and_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="ml-1m.zip.*--data synthetic needs nothing"):
+        load_interactions("movielens", tmp_path)
+    (tmp_path / "ml-latest-small").mkdir()
+    (tmp_path / "ml-latest-small/ratings.csv").write_text("h,h,h,h\n1,1,1,1\n")
+    (tmp_path / "ml-latest-small/movies.csv").write_bytes(b"h,h,h\n1,ok,x\n2,\xff\xfe,x\n")
+    with pytest.raises(ValueError, match="movies.csv, line 3: byte 0xff is not utf-8"):
+        load_interactions("ml-latest-small", tmp_path)
+    write_ml1m(tmp_path, "1::1::5::9\n" * 50, pack=True)
+    packed = tmp_path / "ml-1m/ratings.dat.gz"
+    packed.write_bytes(packed.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="ratings.dat.gz: damaged gzip"):
+        load_interactions("movielens", tmp_path)
+    with pytest.raises(ValueError, match="unknown data set 'netflix'"):
+        load_interactions("netflix", tmp_path)
+
+
+def test_repeated_titles_become_unique_and_never_collide():
+    assert unique_titles(["A", "B", "A", "A"]) == ["A", "B", "A [2]", "A [3]"]
+    assert unique_titles(["A", "A", "A [2]", "A"]) == ["A", "A [3]", "A [2]", "A [4]"] or len(
+        set(unique_titles(["A", "A", "A [2]", "A"]))) == 4
+
+
+def interactions(rows) -> Interactions:
+    users, items, times = (np.array(column) for column in zip(*rows))
+    return Interactions(users, items, times, [str(i) for i in range(items.max() + 1)])
+
+
+def test_windows_by_hand():
+    """User 9 out of order with a tie (file order decides), user 4 too short to give anything."""
+    x = interactions([(9, 0, 50), (4, 1, 1), (9, 2, 10), (9, 3, 50), (4, 5, 2), (9, 6, 60), (4, 7,
+                                                                                             3),
+                      (9, 8, 70)])
+    s = make_sequences(x, min_history=2, max_history=3)
+    assert [(s.history(i).tolist(), s.target(i)) for i in range(len(s))] == [
+        ([1, 5], 7), ([2, 0], 3), ([2, 0, 3], 6), ([0, 3, 6], 8)]
+    assert s.timestamps.tolist() == [3, 50, 60, 70]
+    assert len(make_sequences(x)) == 2
+
+
+def test_histories_have_3_to_10_items_and_belong_to_one_user():
+    world = SyntheticWorld()
+    rng = np.random.default_rng(0)
+    rows = [(u, int(rng.integers(300)), int(rng.integers(1000))) for u in range(30)
+            for _ in range(rng.integers(1, 40))]
+    x = interactions(rows)
+    s = make_sequences(x)
+    assert {len(s.history(i)) for i in range(len(s))} == set(range(3, 11))
+    assert len(s) == sum(max(0, c - 3) for c in np.bincount(x.users))
+    owner = np.sort(x.users)
+    assert (owner[s.starts] == owner[s.targets]).all()
+    assert len(world.titles) == len(set(world.titles)) == 300
+
+
+def test_no_future_leaks_across_the_split():
+    x = SyntheticWorld().interactions(300)
+    train, valid, test = split_by_time(make_sequences(x))
+    total = len(train) + len(valid) + len(test)
+    assert len(train) == total * 8 // 10 and len(train) + len(valid) == total * 9 // 10
+    assert train.timestamps.max() <= valid.timestamps.min()
+    assert valid.timestamps.max() <= test.timestamps.min()
+    assert train.timestamps.max() < test.timestamps.min()
+    # every history item happened no later than its answer
+    order = np.lexsort((x.timestamps, x.users))
+    times = x.timestamps[order]
+    for part in (train, valid, test):
+        assert (times[part.targets - 1] <= part.timestamps).all()
+    with pytest.raises(ValueError, match="9 sequences; wanted at least 10"):
+        split_by_time(train.select(np.arange(9)))
+
+
+PROMPT = """Below is an instruction that describes a task, paired with an input that provides \
+further context. Write a response that appropriately completes the request.\x20
+
+### Instruction:
+Given a list of video games the user has played before, please recommend a new video game that the \
+user likes to the user.
+
+### Input:
+The user has played the following video games before:"A", "B, C"
+\x20
+
+### Response:
+"""
+
+
+def test_the_prompt_to_the_byte():
+    text, spans = build_prompt(["A", "B, C"], "games")
+    assert text == PROMPT and [text[a:b] for a, b in spans] == ["A", "B, C"]
+
+
+def test_special_characters_of_format_strings_survive():
+    text, spans = build_prompt(["{thing}", "100 % {0}"], "movies")
+    assert [text[a:b] for a, b in spans] == ["{thing}", "100 % {0}"]
+
+
+HISTORY = ['Say "Cheese", Amélie (2001)', "Heat", "1984 (1984)", "Heat (1995)", "Heat",
+           "Alien³ (1992)", "Ocean's 11 (2001)"]
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "llama3_tokenizer"])
+def test_spans_by_offsets_cover_each_title_and_nothing_else(which, request):
+    """Quotes, commas, accents, digits and a repeated title; the items' tokens decode to the
+    titles."""
+    tokenizer = request.getfixturevalue(which)
+    example = encode_example(tokenizer, HISTORY, "Ran")
+    assert len(example.tokens) == len(example.item_pos) == len(example.labels)
+    assert sorted(set(example.item_pos)) == [NO_ITEM, *range(len(HISTORY))]
+    # newest first: k counts back from the newest (D1)
+    for k, title in enumerate(reversed(HISTORY)):
+        tokens = [t for t, pos in zip(example.tokens, example.item_pos) if pos == k]
+        text = tokenizer.bpe.decode(tokens)
+        assert title in text and len(text) <= len(title) + 5, (k, title, text)
+    outside = [t for t, pos in zip(example.tokens, example.item_pos) if pos == NO_ITEM]
+    assert not any(title in tokenizer.bpe.decode(outside) for title in HISTORY)
+    places = [i for i, pos in enumerate(example.item_pos) if pos != NO_ITEM]
+    assert [p for p, _ in itertools.groupby(example.item_pos[places[0]:places[-1] + 1])
+            if p != NO_ITEM] == list(range(len(HISTORY) - 1, -1, -1))
+
+
+def test_a_token_that_straddles_a_quote_belongs_to_the_item(llama3_tokenizer):
+    example = encode_example(llama3_tokenizer, ["Heat (1995)", "Jumanji (1995)"], None)
+    pieces = {llama3_tokenizer.bpe.decode([t]) for t, k in zip(example.tokens, example.item_pos)
+              if k >= 0}
+    assert any('"' in piece and piece.strip('" ') for piece in pieces), pieces
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "llama3_tokenizer"])
+def test_answer_labels_and_one_builder_for_training_and_inference(which, request):
+    tokenizer = request.getfixturevalue(which)
+    trained = encode_example(tokenizer, HISTORY[:3], "Ran")
+    asked = encode_example(tokenizer, HISTORY[:3], None)
+    n = len(asked.tokens)
+    assert trained.tokens[:n] == asked.tokens and trained.item_pos[:n] == asked.item_pos
+    assert set(asked.labels) == {IGNORE} == set(trained.labels[:n])
+    assert trained.labels[n:] == trained.tokens[n:] and trained.tokens[-1] == tokenizer.eos_ids[0]
+    assert tokenizer.decode(trained.tokens[n:]) == '"Ran"'
+    assert set(trained.item_pos[n:]) == {NO_ITEM}
+
+
+def test_collate_shifts_labels_pads_right_and_finds_the_prefix(tokenizer):
+    examples = [encode_example(tokenizer, HISTORY[:n], "Ran") for n in (2, 5)]
+    batch = collate(examples)
+    B, T = batch.tokens.shape
+    assert (B, T) == (2, len(examples[1].tokens))
+    for row, e in enumerate(examples):
+        n = len(e.tokens)
+        assert batch.tokens[row, :n].tolist() == e.tokens
+        assert batch.labels[row, :n - 1].tolist() == e.labels[1:]
+        assert (batch.labels[row, n - 1:] == IGNORE).all() and (batch.item_pos[row,
+                                                                               n:] == NO_ITEM).all()
+    first_item = min(e.item_pos.index(next(k for k in e.item_pos if k >= 0)) for e in examples)
+    assert batch.prefix == first_item
+    assert collate(examples[:1]).prefix == first_item
+
+
+def test_the_shown_prompt_marks_items_and_indices(tokenizer):
+    shown = show_prompt(tokenizer, encode_example(tokenizer, ["Ran", "Heat"], "Jumanji (1995)"))
+    for part in ("⟨Ran⟩[k=1, tokens", "⟨Heat⟩[k=0, tokens", '"Jumanji (1995)"'):
+        assert part in shown
+
+
+# ------------------------------------------------------------------ the synthetic world
+
+
+def brute_force_order_blind(world, history):
+    """p(next | set): every order, weighted by the generator's own probability of producing it."""
+    total, mass = 0.0, 0.0
+    for order in itertools.permutations(history):
+        p = world.popularity[order[0]]
+        for t in range(1, len(order)):
+            p *= world.next_distribution(np.array([order[:t]]))[0, order[t]]
+        total, mass = total + p * world.next_distribution(np.array([order]))[0], mass + p
+    return total / mass
+
+
+def test_next_distribution_by_hand():
+    """Two items in the history at s = 1, decay 1/2: weights 1/3 and 2/3, then masked,
+    renormalised."""
+    world = SyntheticWorld(items=20, strength=1.0)
+    p = world.q[4] / 3 + world.q[9] * 2 / 3
+    p[[4, 9]] = 0
+    np.testing.assert_allclose(world.next_distribution(np.array([[4, 9]]))[0], p / p.sum())
+    np.testing.assert_allclose(world.q.sum(axis=1), 1.0)
+
+
+def test_order_blind_estimate_equals_brute_force_over_all_orders():
+    world = SyntheticWorld(items=30, strength=1.0)
+    for history in ([0, 1, 12, 5], [3, 9, 2, 7, 20]):
+        exact = brute_force_order_blind(world, history)
+        estimate = world.order_blind_distribution(np.array([history]), samples=40_000)[0]
+        np.testing.assert_allclose(estimate, exact, atol=2e-3)
+        assert np.abs(exact - world.next_distribution(np.array([history]))[0]).max() > 0.02
+
+
+def test_without_order_strength_order_aware_and_order_blind_coincide():
+    world = SyntheticWorld(items=40, strength=0.0)
+    histories = np.array([[1, 5, 9, 30], [2, 3, 4, 5]])
+    p = world.next_distribution(histories)
+    np.testing.assert_allclose(world.order_blind_distribution(histories, samples=8), p, atol=1e-12)
+    np.testing.assert_allclose(world.next_distribution(histories[:, ::-1]), p)
+
+
+def test_drawn_users_follow_the_stated_law():
+    world = SyntheticWorld(items=20, strength=0.7)
+    x = world.interactions(20_000)
+    items = x.items.reshape(-1)
+    starts = np.flatnonzero(np.r_[True, np.diff(x.users) > 0])
+    first = np.bincount(items[starts], minlength=20) / len(starts)
+    np.testing.assert_allclose(first, world.popularity, atol=0.01)
+    pair = (items[starts] == 3)
+    second = np.bincount(items[starts + 1][pair], minlength=20) / pair.sum()
+    np.testing.assert_allclose(second, world.next_distribution(np.array([[3]]))[0], atol=0.04)
+    lengths = np.bincount(x.users)
+    assert lengths.min() == 4 and lengths.max() == 11
+    for u in (0, 17, 4242):         # nothing twice in a history
+        own = items[x.users == u]
+        assert len(set(own.tolist())) == len(own)
+
+
+@pytest.mark.parametrize("arguments, message", [({"strength": 1.5}, "order strength is 1.5"),
+                                                ({"items": 5}, "5 items")])
+def test_impossible_worlds_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SyntheticWorld(**arguments)
+
+
+# ------------------------------------------------------------------ real data, when at hand
+
+
+def test_real_movielens_100k_gives_the_known_counts(real_data):
+    x = load_interactions("ml-100k", real_data)
+    assert (len(x.items), len(np.unique(x.users)), len(x.titles)) == (100_000, 943, 1_682)
+    assert len(set(x.titles)) == 1_682 and "Chasing Amy (1997) [2]" in x.titles
+    train, valid, test = split_by_time(make_sequences(x))
+    assert (len(train) + len(valid) + len(test), len(test)) == (97_171, 9_718)
+
+
+def test_shared_constants_do_not_collide_with_tokens():
+    assert data.NO_ITEM == -1 and data.IGNORE == torch.nn.CrossEntropyLoss().ignore_index == -100
+    assert len(set(TITLES)) == len(TITLES)

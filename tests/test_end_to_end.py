@@ -1,0 +1,159 @@
+"""The whole main path on a few steps, and every error a user can cause from the command line."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import cetrec
+from cetrec import main
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def small_base(monkeypatch):
+    """The tiny base made tinier: these tests are about the path, not about quality."""
+    monkeypatch.setitem(cetrec.TINY_BASES, "synthetic", replace(
+        cetrec.TINY_BASES["synthetic"], vocab_size=1_000, hidden_size=32, intermediate_size=64,
+        sequences=256, batch_size=32))
+
+
+QUICK = ["--limit-train", "200", "--eval-sequences", "40", "--beams", "2", "--batch-size", "16"]
+
+
+def test_the_main_path_then_eval_only_repeats_its_numbers(tmp_path, capsys):
+    assert main([*QUICK, "--max-steps", "3", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    folder = tmp_path / "synthetic-rope-1"
+    for wanted in ("device ", "trainable of", "paper's Table 2", "[k=0, tokens", "step     3/3",
+                   "change under reversal", "popularity", "co-occurrence, whole history",
+                   "best possible, order-aware", "best possible, order-blind",
+                   "test: 40 sequences, all 300 items ranked, history excluded, 2 beams, length",
+                   f"run folder {folder}"):
+        assert wanted in text, wanted
+    record = json.loads((folder / "run.json").read_text())
+    assert record["options"]["lambda_ct"] == 0.1 and record["tuning"]["steps"] == 3
+    assert {"torch", "python"} <= record["versions"].keys() and record["counts"]["train"] == 200
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "log.jsonl", "run.json"]
+    assert main(["--eval-only", str(folder), "--out", str(tmp_path)]) == 0
+    again = json.loads((folder / "eval.json").read_text())
+    assert again["metrics"] == record["metrics"]
+    assert main(["--eval-only", str(folder), "--out", str(tmp_path), "--no-exclude-history",
+                 "--eval-sequences", "0"]) == 0
+    assert "892 sequences, all 300 items ranked, history kept" in capsys.readouterr().out
+
+
+def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(tmp_path):
+    logs = []
+    for seed in ("0", "0", "1"):
+        assert main([*QUICK, "--max-steps", "2", "--seed", seed, "--out", str(tmp_path)]) == 0
+    for number in (1, 2, 3):
+        lines = (tmp_path / f"synthetic-rope-{number}" / "log.jsonl").read_text().splitlines()
+        logs.append([{k: v for k, v in json.loads(line).items() if k != "ms"} for line in lines])
+    assert logs[0] == logs[1] != logs[2]
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    (["--temporal", "rope-attention"], {"temporal": "rope-attention", "lambda_ct": 0.1}),
+    (["--temporal", "sinpe", "--sinpe-scale", "0.1"], {"sinpe_scale": 0.1}),
+    (["--temporal", "none", "--lambda-ct", "0.5"], {"lambda_ct": 0.0}),
+    (["--lambda-ct", "0", "--order-strength", "0", "--seed", "3"], {"order_strength": 0.0,
+                                                                    "seed": 3}),
+    (["--lora-rank", "2", "--lora-alpha", "4", "--lora-dropout", "0", "--lora-targets",
+      "q_proj,o_proj", "--lr", "0.01", "--epochs", "2", "--warmup", "1", "--dtype", "bfloat16",
+      "--device", "cpu"],
+     {"lora_rank": 2, "lora_targets": ["q_proj", "o_proj"], "dtype": "bfloat16", "epochs": 2}),
+])
+def test_every_flag_reaches_the_run(tmp_path, capsys, flags, wanted):
+    assert main([*QUICK, *flags, "--max-steps", "1", "--eval-sequences", "5", "--out",
+                 str(tmp_path)]) == 0
+    record = json.loads(next(tmp_path.glob("synthetic-*/run.json")).read_text())
+    assert {key: record["options"][key] for key in wanted} == wanted
+    if "none" in flags:
+        assert "λ is 0 in this run" in capsys.readouterr().out
+
+
+def test_a_checkpoint_folder_serves_as_model_and_movielens_as_data(tmp_path, capsys):
+    assert main([*QUICK, "--max-steps", "1", "--eval-sequences", "5", "--out", str(tmp_path)]) == 0
+    base = next(tmp_path.glob("tiny-*"))
+    folder = tmp_path / "raw" / "ml-1m"
+    folder.mkdir(parents=True)
+    (folder / "movies.dat").write_text("".join(f"{i}::Film {i} (1999)::x\n" for i in range(1, 21)))
+    (folder / "ratings.dat").write_text("".join(
+        f"{u}::{1 + (3 * u + 7 * t) % 20}::5::{1000 * u + t}\n" for u in range(12)
+        for t in range(9)))
+    assert main(["--data", "movielens", "--data-dir", str(tmp_path / "raw"), "--model", str(base),
+                 "--lora-rank", "2", "--max-steps", "1", "--beams", "2", "--out",
+                 str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "192,483 sequences" in text and "all 20 items ranked" in text
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "movielens", "--data-dir", "nowhere"], "ml-1m.zip"),
+    (["--data", "ml-100k", "--order-strength", "1"], "--order-strength goes with --data synthetic"),
+    (["--data-dir", "x"], "--data-dir goes with a downloaded data set"),
+    (["--sinpe-scale", "2"], "--sinpe-scale goes with --temporal sinpe"),
+    (["--order-strength", "2"], "order strength is 2.0"),
+    (["--lambda-ct", "-1"], "--lambda-ct is -1.0"), (["--lambda-ct", "nan"], "--lambda-ct is nan"),
+    (["--epochs", "0"], "--epochs is 0"), (["--beams", "0"], "--beams is 0"), (["--lr", "inf"],
+                                                                               "--lr is inf"),
+    (["--lora-targets", "wq"], "LoRA targets wq"), (["--lora-rank", "0"], "LoRA rank is 0"),
+    (["--limit-train", "-3"], "--limit-train is -3"),
+    (["--model", "nowhere"], "nowhere/config.json: not found"),
+    (["--device", "cuda"], "--device cuda: this PyTorch sees no such device"),
+    (["--device", "mps"], "--device mps: this PyTorch sees no such device"),
+    (["--eval-only", "nowhere"], "run.json: not found"),
+    (["--eval-only", "x", "--lr", "1"], "does not go with --lr"),
+])
+def test_each_user_error_is_one_line_and_status_2(tmp_path, capsys, flags, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch = cetrec.torch
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if available.get(flags[-1]):
+        pytest.skip("this machine has one")
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.glob("runs/synthetic-*"))
+
+
+def test_an_unwritable_output_folder_and_a_damaged_record(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(["--out", str(tmp_path / "file")]) == 2
+    assert "choose another folder with --out" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text('{"options": {"data": 1}}')
+    assert main(["--eval-only", str(tmp_path)]) == 2
+    assert "not the record of a run" in capsys.readouterr().err
+
+
+def test_a_history_longer_than_the_context_is_refused_before_tuning(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(cetrec.TINY_BASES, "synthetic", replace(
+        cetrec.TINY_BASES["synthetic"], max_position_embeddings=16))
+    assert main([*QUICK, "--out", str(tmp_path)]) == 2
+    assert "more than the base's context of 16" in capsys.readouterr().err
+
+
+def test_the_command_itself_ends_without_a_traceback():
+    done = subprocess.run([sys.executable, str(ROOT / "cetrec.py"), "--model", "nowhere", "--out",
+                           "/dev/null"],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run([sys.executable, str(ROOT / "cetrec.py"), "--lamda", "1"],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "unrecognized arguments: --lamda" in done.stderr
+
+
+def test_help_names_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for field in cetrec.Options.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in text
+    assert text.count("default: ") == len(cetrec.Options.__dataclass_fields__) + 2
