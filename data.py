@@ -147,7 +147,7 @@ def load_interactions(name: str, data_dir: str | Path) -> Interactions:
     except KeyError as error:
         raise ValueError(f"{path}, line {row[0]}: unknown item {error}, not in {form.titles}. "
                          "Repair or remove the line") from None
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, csv.Error) as error:
         if str(error).startswith(str(folder)):
             raise
         what = re.sub(r"invalid literal.*: ", "expected an integer, got ", str(error))

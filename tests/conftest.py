@@ -17,7 +17,8 @@ from llama import Llama, LlamaConfig  # noqa: E402
 
 TITLES = ["Heat (1995)", "Toy Story (1995)", 'Say "Cheese", Amélie (2001)',
           "Seven 7 Samurai (1954)", "Jumanji (1995)", "Heat", "Alien³ (1992)", "1984 (1984)",
-          "Ran", "Up, Up and Away (2000)", "Ocean's 11 (2001)", "Se7en (1995)"]
+          "Ran", "Up, Up and Away (2000)", "Ocean's 11 (2001)", "Se7en (1995)",
+          "(500) Days of Summer (2009)"]
 
 # how Llama 3 splits text before merging; the facts that matter for item spans follow from it
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"

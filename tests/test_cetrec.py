@@ -11,32 +11,11 @@ import torch.nn.functional as F
 from conftest import TITLES
 
 import cetrec
-from cetrec import (
-    TemporalLlama,
-    TinyBase,
-    batches,
-    cetrec_loss,
-    counterfactual_loss,
-    erase_order,
-    learning_rate,
-    rotary,
-    sinusoidal,
-    temporal_aware_loss,
-    tiny_base,
-    title_labels,
-    train,
-    twin_forward,
-    twin_forward_clear,
-)
-from data import (
-    IGNORE,
-    NO_ITEM,
-    SyntheticWorld,
-    collate,
-    encode_example,
-    make_sequences,
-    split_by_time,
-)
+from cetrec import (TemporalLlama, TinyBase, batches, cetrec_loss, counterfactual_loss, erase_order,
+                    learning_rate, rotary, sinusoidal, temporal_aware_loss, tiny_base, title_labels,
+                    train, twin_forward, twin_forward_clear)
+from data import (IGNORE, NO_ITEM, SyntheticWorld, collate, encode_example, make_sequences,
+                  split_by_time)
 from llama import Llama, load_llama
 from lora import add_lora, load_lora, lora_parameters
 
@@ -182,9 +161,13 @@ Y = torch.tensor([0, 1])
 
 
 def test_eq8_to_10_numeric_example():
-    """CE_f = (.2395, .5514), CE_(f-c) = (.5514, 1.8620); with equal weights .39549, 1.20672,
-    .51617."""
-    loss_ta, loss_ct = temporal_aware_loss(F_LOGITS, Y), counterfactual_loss(F_LOGITS, CF_LOGITS, Y)
+    """CE_f = (.2395, .5514), CE_(f-c) = (.5514, 1.8620); means .39549, 1.20672; L = .51617."""
+    for i, (ta, ct) in enumerate([(0.2395, 0.5514), (0.5514, 1.8620)]):     # f - c, not c - f
+        f, c, y = F_LOGITS[i:i + 1], CF_LOGITS[i:i + 1], Y[i:i + 1]
+        assert temporal_aware_loss(f, y).item() == pytest.approx(ta, abs=1e-4)
+        assert counterfactual_loss(f, c, y).item() == pytest.approx(ct, abs=1e-4)
+    loss_ta = temporal_aware_loss(F_LOGITS, Y)
+    loss_ct = counterfactual_loss(F_LOGITS, CF_LOGITS, Y)
     assert loss_ta.item() == pytest.approx(0.39549, abs=1e-5)
     assert loss_ct.item() == pytest.approx(1.20672, abs=1e-5)
     assert (loss_ta + 0.1 * loss_ct).item() == pytest.approx(0.51617, abs=1e-5)

@@ -9,20 +9,9 @@ import torch
 from conftest import TITLES
 
 import data
-from data import (
-    IGNORE,
-    NO_ITEM,
-    Interactions,
-    SyntheticWorld,
-    build_prompt,
-    collate,
-    encode_example,
-    load_interactions,
-    make_sequences,
-    show_prompt,
-    split_by_time,
-    unique_titles,
-)
+from data import (IGNORE, NO_ITEM, Interactions, SyntheticWorld, build_prompt, collate,
+                  encode_example, load_interactions, make_sequences, show_prompt, split_by_time,
+                  unique_titles)
 
 
 def write_ml1m(root, ratings, movies="1::Heat (1995)::Action\n2::Amélie (2001)::Comedy\n",
@@ -207,10 +196,11 @@ def test_spans_by_offsets_cover_each_title_and_nothing_else(which, request):
 
 
 def test_a_token_that_straddles_a_quote_belongs_to_the_item(llama3_tokenizer):
-    example = encode_example(llama3_tokenizer, ["Heat (1995)", "Jumanji (1995)"], None)
-    pieces = {llama3_tokenizer.bpe.decode([t]) for t, k in zip(example.tokens, example.item_pos)
-              if k >= 0}
-    assert any('"' in piece and piece.strip('" ') for piece in pieces), pieces
+    """At a title's end `)",` and, overlapping by one character only, at its start ` "(`."""
+    example = encode_example(llama3_tokenizer, [TITLES[0], TITLES[-1], TITLES[4]], None)
+    pieces = [(llama3_tokenizer.bpe.decode([t]), k)
+              for t, k in zip(example.tokens, example.item_pos)]
+    assert (' "(', 1) in pieces and ')",' in {piece for piece, k in pieces if k == 2}, pieces
 
 
 @pytest.mark.parametrize("which", ["tokenizer", "llama3_tokenizer"])

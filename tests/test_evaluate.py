@@ -11,26 +11,10 @@ from conftest import TITLES, small_config
 import evaluate
 from cetrec import TemporalLlama
 from data import NO_ITEM, SyntheticWorld, encode_example, make_sequences, split_by_time
-from evaluate import (
-    METRICS,
-    CountingFloors,
-    beam_search,
-    clean,
-    embed_titles,
-    expected_metrics,
-    format_table,
-    ground,
-    hit_ratio,
-    list_ranks,
-    merge_lists,
-    ndcg,
-    nearest,
-    oracle_metrics,
-    recommend,
-    relative_change,
-    score_ranks,
-    summarise,
-)
+from evaluate import (METRICS, CountingFloors, beam_search, clean, embed_titles, evaluate_order,
+                      expected_metrics, format_result, format_table, ground, hit_ratio, list_ranks,
+                      merge_lists, ndcg, nearest, oracle_metrics, recommend, relative_change,
+                      score_ranks, summarise)
 from llama import Llama
 
 EOS = 4
@@ -255,11 +239,31 @@ def test_change_under_reversal_is_paired_and_in_per_cent():
 def test_the_standard_error_of_a_change_matches_resampling():
     rng = np.random.default_rng(0)
     before = rng.integers(0, 20, 400)
-    after = np.where(rng.random(400) < 0.6, before, rng.integers(0, 20, 400))
+    after = np.where(rng.random(400) < 0.4, before, rng.integers(0, 200, 400))
     picks = rng.integers(0, 400, (2_000, 400))
     resampled = [hit_ratio(after[p], 5).mean() / hit_ratio(before[p], 5).mean() - 1 for p in picks]
     assert relative_change(before, after)["HR@5"][1] == pytest.approx(100 * np.std(resampled),
                                                                       rel=0.1)
+
+
+def test_evaluation_reads_histories_forward_then_backward(temporal, monkeypatch):
+    model = temporal("rope")
+    world = SyntheticWorld(items=len(TITLES) * 2)
+    world.titles = [f"{title} {i}" for i in (1, 2) for title in TITLES]
+    train, _, test = split_by_time(make_sequences(world.interactions(40)))
+    seen = []
+
+    def pretend(model, titles, histories, *rest, **more):
+        seen.append([list(h) for h in histories])
+        return np.tile(np.arange(10), (len(histories), 1))
+    monkeypatch.setattr(evaluate, "recommend", pretend)
+    result = evaluate_order(model, train, test, world)
+    assert seen[0] == [test.history(i).tolist() for i in range(len(test))]
+    assert seen[1] == [h[::-1] for h in seen[0]]
+    hits = np.array([test.target(i) < 5 for i in range(len(test))])
+    assert result["rows"]["original order"]["HR@5"][0] == pytest.approx(hits.mean())
+    assert "no hit to lose" in format_result(result) or hits.any()
+    assert "on the way from best order-blind" in format_result(result)
 
 
 # ------------------------------------------------------------------ floors and oracle

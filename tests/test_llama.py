@@ -11,17 +11,8 @@ from conftest import small_config
 from safetensors.torch import load_file, save_file
 
 import llama as llama_module
-from llama import (
-    KVCache,
-    Llama,
-    LlamaConfig,
-    attend_explicit,
-    attend_fused,
-    inverse_frequencies,
-    load_llama,
-    rotate,
-    save_llama,
-)
+from llama import (KVCache, Llama, LlamaConfig, attend_explicit, attend_fused, inverse_frequencies,
+                   load_llama, rotate, save_llama)
 
 TOKENS = torch.tensor([[5, 9, 2, 44, 17, 3, 60, 8]])
 

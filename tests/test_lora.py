@@ -29,14 +29,14 @@ def test_lora_output_is_unchanged_before_the_first_step(llama):
 
 
 def test_a_wrapped_map_by_hand():
-    """W = I, A = (1, 1), B = (2, 0)ᵀ, α/R = 3: y = x + 3 · (2 (x1 + x2), 0)."""
+    """W = I, A = (1 1; 1 -1), B = (2 0; 0 1), α/R = 6/2: y = x + 3 · (2 (x1 + x2), x1 - x2)."""
     linear = torch.nn.Linear(2, 2, bias=False)
     linear.weight.data = torch.eye(2)
     model = torch.nn.ModuleDict({"q_proj": linear})
-    add_lora(model, rank=1, alpha=3, dropout=0.0, targets=("q_proj",))
-    model["q_proj"].A.data = torch.tensor([[1.0, 1.0]])
-    model["q_proj"].B.data = torch.tensor([[2.0], [0.0]])
-    torch.testing.assert_close(model["q_proj"](torch.tensor([5.0, 7.0])), torch.tensor([77.0, 7.0]))
+    add_lora(model, rank=2, alpha=6, dropout=0.0, targets=("q_proj",))
+    model["q_proj"].A.data = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    model["q_proj"].B.data = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(model["q_proj"](torch.tensor([5.0, 7.0])), torch.tensor([77.0, 1.0]))
 
 
 def test_only_factors_are_trained_in_float32_whatever_the_base(llama):
