@@ -306,7 +306,7 @@ def log_line(entry: dict, total: int, lambda_ct: float, memory: float, left: flo
 class TinyBase:
     """How `--model tiny` is made; the numbers were chosen on validation splits."""
 
-    vocab_size: int = 4096
+    vocab_size: int = 8192          # most titles are one token: five beams are then the top five
     hidden_size: int = 128
     intermediate_size: int = 384
     num_hidden_layers: int = 2
@@ -316,12 +316,13 @@ class TinyBase:
     lr: float = 3e-3
     warmup: int = 100
     weight_decay: float = 0.3
-    sequences: int = 160_000        # seen in all
+    epochs: int = 2
+    max_sequences: int = 400_000    # the epochs end here on large data sets
 
 
 TINY_BASES = {      # data sets that are not named here take TinyBase()
     "synthetic": TinyBase(vocab_size=768, hidden_size=64, intermediate_size=192, weight_decay=0.1,
-                          sequences=40_000)}
+                          epochs=6)}
 
 
 def tiny_tokenizer(titles: list[str], counts: np.ndarray, domain: str, size: int) -> Tokenizer:
@@ -384,7 +385,8 @@ def tiny_base(root: Path, train_set: Sequences, seed: int, device: torch.device,
     model = TemporalLlama(llama.to(device), "none", tokenizer=tokenizer).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98),
                                   weight_decay=recipe.weight_decay)
-    total, step = math.ceil(recipe.sequences / recipe.batch_size), 0
+    sequences = min(recipe.epochs * len(train_set), recipe.max_sequences)
+    total, step, started = math.ceil(sequences / recipe.batch_size), 0, time.perf_counter()
     with tqdm(total=total, desc="tiny base", unit="step", disable=None, leave=False) as bar:
         while step < total:
             for batch in batches(tokenizer, train_set, recipe.batch_size, rng, True):
@@ -394,8 +396,9 @@ def tiny_base(root: Path, train_set: Sequences, seed: int, device: torch.device,
                                learning_rate(step, total, recipe.lr, recipe.warmup))
                 bar.update()
                 if step % max(1, total // 10) == 0:
+                    left = (time.perf_counter() - started) / step * (total - step) / 60
                     bar.write(f"tiny base step {step:>5}/{total} | loss {loss.item():.3f} per "
-                              "title token", file=sys.stdout)
+                              f"title token | {left:.1f} min left", file=sys.stdout)
                 if step == total:
                     break
     folder.mkdir(parents=True, exist_ok=True)

@@ -362,8 +362,8 @@ def test_a_loss_that_is_not_finite_stops_with_a_remedy(tmp_path, temporal, token
 
 def test_the_tiny_base_is_a_checkpoint_made_once_and_named_after_its_sources(tmp_path, world_data):
     train_set, _, _ = world_data
-    recipe = TinyBase(vocab_size=400, hidden_size=16, intermediate_size=32, sequences=64,
-                      batch_size=16)
+    recipe = TinyBase(vocab_size=400, hidden_size=16, intermediate_size=32,
+                      max_sequences=64, batch_size=16)
     cpu = torch.device("cpu")
     folder = tiny_base(tmp_path, train_set, 0, cpu, recipe)
     stamp = (folder / "model.safetensors").stat().st_mtime_ns

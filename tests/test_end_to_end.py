@@ -19,7 +19,7 @@ def small_base(monkeypatch):
     """The tiny base made tinier: these tests are about the path, not about quality."""
     monkeypatch.setitem(cetrec.TINY_BASES, "synthetic", replace(
         cetrec.TINY_BASES["synthetic"], vocab_size=1_000, hidden_size=32, intermediate_size=64,
-        sequences=256, batch_size=32))
+        max_sequences=256, batch_size=32))
 
 
 QUICK = ["--limit-train", "200", "--eval-sequences", "40", "--beams", "2", "--batch-size", "16"]
