@@ -113,9 +113,8 @@ def twin_forward_clear(model: TemporalLlama, batch: Batch) -> tuple[Tensor, Tens
     This is the definition; `twin_forward` is the same faster.  -> (M, V), (M, V) float32
     """
     supervised = batch.labels != IGNORE
-    hidden_f = model(batch.tokens, batch.item_pos)                      # factual world, T = t
-    # counterfactual world, T = t*
-    hidden_cf = model(batch.tokens, erase_order(batch.item_pos))
+    hidden_f = model(batch.tokens, batch.item_pos)                  # factual world, T = t
+    hidden_cf = model(batch.tokens, erase_order(batch.item_pos))    # counterfactual, T = t*
     return tuple(model.logits(hidden[supervised]).float() for hidden in (hidden_f, hidden_cf))
 
 
@@ -135,8 +134,7 @@ def world_logits(model: TemporalLlama, batch: Batch, *worlds: Tensor) -> tuple[T
 
 
 def twin_forward(model: TemporalLlama, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(logits_f, logits_cf) of the factual and the counterfactual world.  -> (M, V), (M, V)
-    float32"""
+    """(logits_f, logits_cf), factual and counterfactual world.  -> (M, V), (M, V) float32"""
     return world_logits(model, batch, batch.item_pos, erase_order(batch.item_pos))
 
 
@@ -160,8 +158,7 @@ def counterfactual_loss(logits_f: Tensor, logits_cf: Tensor, targets: Tensor) ->
 
 def cetrec_loss(model: TemporalLlama, batch: Batch,
                 lambda_ct: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(L, L_TA, L_CT) with L = L_TA + λ L_CT.  Eq. 10.  λ = 0 runs one world only; L_CT is then
-    None."""
+    """(L, L_TA, L_CT), L = L_TA + λ L_CT.  Eq. 10.  λ = 0 runs one world only: L_CT is None."""
     targets = batch.labels[batch.labels != IGNORE]
     if lambda_ct == 0:
         loss_ta = temporal_aware_loss(*world_logits(model, batch, batch.item_pos), targets)

@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import re
+import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -80,7 +81,7 @@ def _rows(path: Path, separator: str, columns: int, encoding: str, checksums: di
         raw = path.read_bytes()
         if path == packed:
             raw = gzip.decompress(raw)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip file ({error}). Fetch it again") from None
     checksums[path.name] = hashlib.sha256(raw).hexdigest()
     try:
@@ -123,8 +124,7 @@ def load_interactions(name: str, data_dir: str | Path) -> Interactions:
         if not (folder / file).is_file() and not (folder / f"{file}.gz").is_file():
             raise FileNotFoundError(
                 f"{folder / file}: not found (nor {file}.gz). Download {form.address}, unpack it "
-                f"in "
-                f"{data_dir}, or pass --data-dir; --data synthetic needs nothing")
+                f"in {data_dir}, or pass --data-dir; --data synthetic needs nothing")
     checksums: dict[str, str] = {}
     row, path = (0, []), folder / form.titles       # where reading stands, for error messages
     try:
@@ -214,8 +214,7 @@ def make_sequences(interactions: Interactions, min_history: int = 3,
 
     Users are sorted by (timestamp, file order); the history is the last max_history items.
     """
-    # stable: ties in file order
-    order = np.lexsort((interactions.timestamps, interactions.users))
+    order = np.lexsort((interactions.timestamps, interactions.users))   # ties keep file order
     users = interactions.users[order]
     rows = np.arange(len(users))
     first = np.searchsorted(users, users)                   # first row of the row's user
@@ -232,8 +231,7 @@ def split_by_time(sequences: Sequences, ratios=(8, 1, 1)) -> tuple[Sequences, Se
     """
     if len(sequences) < 10:
         raise ValueError(f"{len(sequences)} sequences; wanted at least 10 to split 8:1:1. A user "
-                         f"gives "
-                         "one for every interaction after the third")
+                         "gives one for every interaction after the third")
     order = np.argsort(sequences.timestamps, kind="stable")
     a = len(order) * ratios[0] // sum(ratios)
     b = len(order) * (ratios[0] + ratios[1]) // sum(ratios)
@@ -266,8 +264,7 @@ DOMAINS = {     # words of Table 1 and of BIGRec; the music words are ours, no s
 
 
 def build_prompt(history_titles, domain: str = "movies") -> tuple[str, list[tuple[int, int]]]:
-    """The one prompt of this project (Table 1), and the character span [start, end) of each
-    title."""
+    """The one prompt of this project (Table 1), and each title's character span [start, end)."""
     before, after = TEMPLATE.split("{history}")
     words = DOMAINS[domain]
     text, spans = before.format(**words), []
@@ -287,8 +284,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """Read tokenizer.json; EOS from tokenizer_config.json, generation_config.json,
-        config.json."""
+        """Read tokenizer.json; EOS from tokenizer_, generation_config.json and config.json."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found. A checkpoint folder holds config.json, "
@@ -349,8 +345,7 @@ def encode_examples(tokenizer: Tokenizer, histories, targets,
     for encoding, span, start, target in zip(tokenizer.bpe.encode_batch(texts), spans, starts,
                                              targets):
         begin, end = np.array(encoding.offsets).T
-        # first title ending after the token
-        item = np.searchsorted(span[:, 1], begin, side="right")
+        item = np.searchsorted(span[:, 1], begin, side="right")     # first title to end after it
         inside = item < len(span)
         inside[inside] = end[inside] > span[item[inside], 0]
         tokens = encoding.ids
@@ -441,11 +436,12 @@ class SyntheticWorld:
 
         p(next | history) ∝ Σ_k w_k q(next | item_k) for items not in the history,
         w_k = (1 - s)/n + s decay^k / Σ_j decay^j,      k steps back in a history of n ≤ 10
-        q(. | i) = 0.6 the next part of i's franchise + 0.3 uniform over i's genre + 0.1 popularity
+        q(. | i) = 0.6 uniform over i's franchise + 0.3 uniform over i's genre + 0.1 popularity
 
-    After a franchise's last part its 0.6 goes to the genre. s is the order strength: at 0 the
-    history is a set, and the best order-aware and order-blind recommenders are the same. Users have
-    4 to 11 interactions, so a visible history is a whole one. The first item follows popularity.
+    s is the order strength: at 0 the history is a set, and the best order-aware and order-blind
+    recommenders are the same. (Were the 0.6 for the *next* part, a set would betray its order.)
+    Users have 4 to 11 interactions, so a visible history is a whole one; the first item follows
+    popularity.
     """
 
     def __init__(self, items: int = 300, strength: float = 1.0, decay: float = 0.5, seed: int = 0):
@@ -459,8 +455,7 @@ class SyntheticWorld:
         genre, franchise = np.zeros(items, dtype=int), np.zeros(items, dtype=int)
         names = {g: [f"{a} {n}" for a in adjectives.split() for n in nouns.split()]
                  for g, (nouns, adjectives) in GENRES.items()}
-        # franchises of one to five parts, genre by genre
-        for used in itertools.count():
+        for used in itertools.count():      # franchises of three to eight parts, genre by genre
             g = used % len(GENRES)
             pool = names[list(GENRES)[g]]
             lap, place = divmod(used // len(GENRES), len(pool))
@@ -517,8 +512,7 @@ class SyntheticWorld:
                 draw = rng.random((samples, 1)) * cumulative[:, -1:]
                 order[:, t] = (cumulative <= draw).sum(axis=1).clip(max=n - 1)
                 np.put_along_axis(chosen, order[:, t:t + 1], True, axis=1)
-            # p(next | order) = Σ_k w_k q(next | item_k) / Z(order): linear in w_k / Z, so average
-            # that
+            # p(next | order) = Σ_k w_k q(next | item_k) / Z(order) is linear in w_k / Z: average it
             w = np.zeros((samples, n))
             np.put_along_axis(w, order, np.broadcast_to(self.weights(n), w.shape), axis=1)
             w /= 1 - (w @ among[b]).sum(axis=1, keepdims=True)

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama, with the field names of a published config.json; the sizes have no
-    defaults."""
+    """Sizes of a Llama, under the names of a published config.json; sizes have no defaults."""
 
     vocab_size: int
     hidden_size: int
@@ -101,8 +100,7 @@ def rope_kind(scaling: dict | None) -> str:
 
 
 def inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
-    """Θ of Eq. 4: rope_theta^(-2i/D) for i < D/2, slowed for long contexts if "llama3". ->
-    (D/2,)"""
+    """Θ of Eq. 4: rope_theta^(-2i/D), i < D/2, slowed for long contexts if "llama3".  -> (D/2,)"""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     inv_freq = 1.0 / config.rope_theta ** (half / config.head_dim)
     if rope_kind(config.rope_scaling) == "llama3":
@@ -115,8 +113,7 @@ def inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pair (i, i + D/2) of each head by its angle. Eq. 4.  x (B, H, T, D), cos/sin (.., T,
-    D/2)
+    """Turn pair (i, i + D/2) of each head by its angle, Eq. 4.  (B, H, T, D), (.., T, D/2) twice
 
     Split halves: i turns with i + D/2, as in published safetensors; Meta's .pth files interleave.
     """

@@ -46,8 +46,7 @@ class LoraConfig:
 
 
 class LoraLinear(nn.Linear):
-    """A frozen linear map plus its factors. A is random, B zero, so B A = 0 before the first
-    step."""
+    """A frozen linear map and its factors. A is random, B zero: B A = 0 before the first step."""
 
     def __init__(self, linear: nn.Linear, config: LoraConfig):
         nn.Module.__init__(self)        # shares the weight: nothing is allocated or copied
@@ -155,8 +154,7 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
     if wrong:
         merge_lora(model)               # the factors are zero still: this takes them out again
         raise ValueError(f"{weights}: {len(wrong)} tensors missing, unexpected or of another "
-                         f"shape, "
-                         f"e.g. {', '.join(wrong[:3])}. Does the adapter belong to this base?")
+                         f"shape, e.g. {', '.join(wrong[:3])}. Does the adapter belong to this base?")
     for name, tensor in wanted.items():
         tensor.copy_(stored[name])
     return factors
