@@ -531,7 +531,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--exclude-history", "leave items of the history out of the ranking, §5.1.2", "yes",
          action=argparse.BooleanOptionalAction)
     flag("--eval-only", "evaluate the adapter in this run folder again, on its own data and base; "
-         "goes with the flags of this group, --device and --out", "tune first", metavar="RUN")
+         "goes with the flags of this group and --device", "tune first", metavar="RUN")
 
     group = ap.add_argument_group("run")
     flag("--seed", "of world, base, tuning and samples", "0", type=int)
@@ -566,8 +566,8 @@ def fill_in(given: dict) -> Options:
     return Options(**(defaults | preset(given.get("model", "tiny"), data) | given))
 
 
-def read_options(run_folder: Path, given: dict) -> Options:
-    """Options of a finished run, with the flags that --eval-only may change."""
+def read_run(run_folder: Path, given: dict) -> tuple[Options, Path]:
+    """Options of a run, with the flags that --eval-only may change, and the folder of its base."""
     allowed = {"beams", "length_penalty", "eval_sequences", "exclude_history", "device"}
     if extra := sorted(given.keys() - allowed):
         names = ", ".join("--" + name.replace("_", "-") for name in extra)
@@ -577,8 +577,11 @@ def read_options(run_folder: Path, given: dict) -> Options:
     if not record.is_file():
         raise FileNotFoundError(f"{record}: not found; --eval-only wants the folder of a run")
     try:
-        saved = json.loads(record.read_text(encoding="utf-8"))["options"]
-        return Options(**(saved | {"lora_targets": tuple(saved["lora_targets"])} | given))
+        saved = json.loads(record.read_text(encoding="utf-8"))
+        tuned = saved["options"] | {"lora_targets": tuple(saved["options"]["lora_targets"])}
+        base = Path(saved["base"])      # a tiny base lies beside the runs that use it
+        base = run_folder.parent / base if tuned["model"] == "tiny" else base
+        return Options(**(tuned | given)), base
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{record}: not the record of a run ({error})") from None
 
@@ -639,9 +642,10 @@ def load_splits(options: Options) -> tuple[tuple[Sequences, ...], SyntheticWorld
     return (train_set, valid_set, test_set), world, record
 
 
-def run(options: Options, out: Path, evaluate_run: Path | None) -> None:
-    """One run from data to table; with evaluate_run, of an adapter that is there already."""
-    check_writable(out)
+def run(options: Options, out: Path, evaluate_run: Path | None = None,
+        base: Path | None = None) -> None:
+    """One run from data to table; with evaluate_run, of the adapter there on the given base."""
+    check_writable(evaluate_run or out)
     device, dtype = choose_device(options)
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     print(f"device {device}{threads} | frozen weights {str(dtype).removeprefix('torch.')} | "
@@ -649,8 +653,8 @@ def run(options: Options, out: Path, evaluate_run: Path | None) -> None:
     (train_set, valid_set, test_set), world, record = load_splits(options)
 
     # base and adapter
-    source = Path(options.model)
-    if options.model == "tiny":
+    source = base or Path(options.model)
+    if not base and options.model == "tiny":
         started = time.perf_counter()
         recipe = TINY_BASES.get(options.data, TinyBase())
         source = tiny_base(out, train_set, options.seed, device, recipe)
@@ -675,7 +679,8 @@ def run(options: Options, out: Path, evaluate_run: Path | None) -> None:
           f"{show_prompt(tokenizer, example)}\n{'-' * 80}")
 
     # tune
-    record |= {"options": asdict(options), "base": str(source), "versions": {
+    name = source.name if options.model == "tiny" else str(source)
+    record |= {"options": asdict(options), "base": name, "versions": {
         "python": platform.python_version(), "torch": torch.__version__,
         "numpy": np.__version__, "tokenizers": tokenizers.__version__}}
     folder = evaluate_run or new_folder(out, f"{options.data}-{options.temporal}")
@@ -706,10 +711,13 @@ def main(argv: list[str] | None = None) -> int:
     given = {name: value for name, value in vars(parser().parse_args(argv)).items()
              if value is not None}
     evaluate_run = Path(given.pop("eval_only")) if "eval_only" in given else None
-    out = Path(given.pop("out", evaluate_run.parent if evaluate_run else "runs"))
     try:
-        options = read_options(evaluate_run, given) if evaluate_run else fill_in(given)
-        run(options, out, evaluate_run)
+        if evaluate_run:
+            options, base = read_run(evaluate_run, given)
+            run(options, evaluate_run.parent, evaluate_run, base)
+        else:
+            out = Path(given.pop("out", "runs"))
+            run(fill_in(given), out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -154,7 +154,7 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
     if wrong:
         merge_lora(model)               # the factors are zero still: this takes them out again
         raise ValueError(f"{weights}: {len(wrong)} tensors missing, unexpected or of another "
-                         f"shape, e.g. {', '.join(wrong[:3])}. Does the adapter belong to this base?")
+                         f"shape, e.g. {', '.join(wrong[:3])}. Is it an adapter of this base?")
     for name, tensor in wanted.items():
         tensor.copy_(stored[name])
     return factors

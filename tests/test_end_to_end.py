@@ -40,10 +40,10 @@ def test_the_main_path_then_eval_only_repeats_its_numbers(tmp_path, capsys):
     assert {"torch", "python"} <= record["versions"].keys() and record["counts"]["train"] == 200
     assert sorted(p.name for p in folder.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "log.jsonl", "run.json"]
-    assert main(["--eval-only", str(folder), "--out", str(tmp_path)]) == 0
+    assert main(["--eval-only", str(folder)]) == 0
     again = json.loads((folder / "eval.json").read_text())
     assert again["metrics"] == record["metrics"]
-    assert main(["--eval-only", str(folder), "--out", str(tmp_path), "--no-exclude-history",
+    assert main(["--eval-only", str(folder), "--no-exclude-history",
                  "--eval-sequences", "0"]) == 0
     assert "892 sequences, all 300 items ranked, history kept" in capsys.readouterr().out
 
