@@ -327,13 +327,11 @@ class Example:
 
 def encode_examples(tokenizer: Tokenizer, histories, targets,
                     domain: str = "movies") -> list[Example]:
-    """Tokenise many at once. histories: titles, oldest first; targets: a title, or None at
-    inference.
+    """Tokenise many. histories: titles, oldest first; targets: a title each, None at inference.
 
     Items and answer are found by the tokenizer's character offsets: a token belongs to an item if
-    it overlaps its title, also when it straddles a quote; token ids never decide (BASELINES of
-    Table 1:
-    the same title has other ids at another place).
+    it overlaps its title, also when it straddles a quote. Token ids never decide: the same title
+    has other ids at another place.
     """
     texts, spans, starts = [], [], []
     for history, target in zip(histories, targets, strict=True):

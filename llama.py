@@ -180,8 +180,8 @@ class KVCache:
         self.values = [v.index_select(0, rows) for v in self.values]
         self.hidden = None if self.hidden is None else self.hidden.index_select(0, rows)
 
-    def mask(self, rows: int, new: int, device) -> Tensor | None:
-        """May query t look at slot s? (rows or 1, 1, T, S) bool; None means plain causal."""
+    def mask(self, new: int, device) -> Tensor | None:
+        """May query t look at slot s? (B or 1, 1, T, S) bool; None means plain causal."""
         if self.length == 0:
             return None
         past = torch.ones(new, self.length + new, dtype=torch.bool, device=device)
@@ -287,8 +287,7 @@ class Llama(nn.Module):
         return self.lm_head(hidden)
 
     def positions(self, new: int, cache: KVCache | None, device) -> Tensor:
-        """Default positions of `new` tokens: counted on from the cache, its hidden slots not
-        counted.
+        """Default positions of `new` tokens: counted on from the cache, less its hidden slots.
 
         -> (T,), or (B, T) when the rows of the cache differ in length
         """
@@ -306,14 +305,14 @@ class Llama(nn.Module):
         default to 0 .. T-1 counted on from the cache; the cache is extended in place.
         """
         x = self.embed(tokens) if embeddings is None else embeddings
-        B, T, _ = x.shape
+        T = x.shape[1]
         if positions is None:
             positions = self.positions(T, cache, x.device)
         angles = positions[..., None].float() * inverse_frequencies(self.config, x.device)
         if positions.dim() == 2:
             angles = angles[:, None]                # (B, T, D/2) -> (B, 1, T, D/2): all heads alike
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        mask = cache.mask(B, T, x.device) if cache is not None else None
+        mask = cache.mask(T, x.device) if cache is not None else None
         for layer, block in enumerate(self.layers):
             x = block(x, cos, sin, mask, cache, layer)
         return self.norm(x)
@@ -395,9 +394,8 @@ def save_llama(model: Llama, folder: str | Path) -> None:
     """Write config.json and model.safetensors under published names; each file appears whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name if name.startswith("lm_head")
-               else f"model.{name}": p.detach().contiguous().cpu()
-               for name, p in model.named_parameters()}
+    tensors = {("" if name.startswith("lm_head") else "model.") + name:
+               p.detach().contiguous().cpu() for name, p in model.named_parameters()}
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
               "torch_dtype": dtype, **asdict(model.config)}

@@ -69,7 +69,7 @@ def test_beam_search_with_room_for_everything_equals_brute_force(toy, penalty, s
 
 
 def reference_beam(model, prompt, W, longest, shortest, penalty):
-    """BASELINES 1.4 for one prompt, without cache, written as its four steps are."""
+    """The stated rules for one prompt, without cache, step by step."""
     alive, heap = [(0.0, [])], []
     for g in range(1, longest + 1):
         options = []
