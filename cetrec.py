@@ -3,8 +3,7 @@
 Paper: "Enhancing Temporal Sensitivity of Large Language Model for Recommendation with
 Counterfactual Tuning". Read llama.py, lora.py and data.py before this file, evaluate.py after it.
 
-    python cetrec.py                                            the synthetic world, nothing to
-    download
+    python cetrec.py                                            the synthetic world, no download
     python cetrec.py --data ml-100k --data-dir data             MovieLens 100K
     python cetrec.py --data movielens --model path/to/Llama-3   the paper's setting
     python cetrec.py --eval-only runs/synthetic-rope-1          evaluate a finished run again
