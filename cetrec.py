@@ -36,7 +36,7 @@ from data import (FORMATS, IGNORE, NO_ITEM, TABLE_2, Batch, Sequences, Synthetic
                   load_interactions, make_sequences, show_prompt, split_by_time)
 from evaluate import evaluate_order, format_result
 from llama import KVCache, Llama, LlamaConfig, load_llama, save_llama
-from lora import ALL_LINEAR, add_lora, load_lora, lora_parameters, save_lora
+from lora import ALL_LINEAR, LoraConfig, add_lora, load_lora, lora_parameters, save_lora
 
 # ----------------------------------------------------------------------------------------------
 # Temporal embeddings (§4.2) and the counterfactual world (§4.3)
@@ -467,6 +467,7 @@ class Options:
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; wanted a "
                                  f"finite number of at least {low}")
+        LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
 
 
 def parser() -> argparse.ArgumentParser:

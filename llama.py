@@ -80,16 +80,21 @@ class LlamaConfig:
                 raise ValueError(f"{path}: {switch} is set; this forward does not implement it")
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"{path}: hidden_act is {raw['hidden_act']!r}; wanted 'silu'")
+        for key in ("rope_scaling", "rope_parameters"):
+            if not isinstance(raw.get(key) or {}, dict):
+                raise ValueError(f"{path}: {key} is {raw[key]!r}; wanted an object or null")
         rope = raw.get("rope_parameters") or {}         # the layout of newer files
         raw.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
         if rope_kind(rope) != "default":
             raw["rope_scaling"] = rope
         raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-        if raw.get("head_dim") is None and "hidden_size" in raw and raw.get("num_attention_heads"):
-            raw["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
         try:
+            if raw.get("head_dim") is None:
+                raw["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
             return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
-        except (TypeError, ValueError) as error:
+        except KeyError as error:
+            raise ValueError(f"{path}: {error} is missing") from None
+        except (TypeError, ValueError, ZeroDivisionError) as error:
             what = str(error).removeprefix("LlamaConfig.__init__() ")
             raise ValueError(f"{path}: {what}") from None
 

@@ -121,6 +121,8 @@ def test_each_user_error_is_one_line_and_status_2(tmp_path, capsys, flags, messa
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.glob("runs/synthetic-*"))
+    if flags[0].startswith("--lora"):       # refused before a base is trained for minutes
+        assert not list(tmp_path.glob("runs/tiny-*"))
 
 
 def test_an_unwritable_output_folder_and_a_damaged_record(tmp_path, capsys):

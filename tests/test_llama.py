@@ -198,6 +198,9 @@ def edit(folder: Path, change) -> None:
     (lambda c: c.update(rope_scaling={"type": "llama3", "factor": 4.0}), "lacks low_freq_factor"),
     (lambda c: c.update(hidden_size="wide"), "hidden_size is 'wide'"),
     (lambda c: c.pop("vocab_size"), "vocab_size"),
+    (lambda c: c.update(rope_scaling="linear"), "rope_scaling is 'linear'; wanted an object"),
+    (lambda c: c.update(head_dim=None, hidden_size="wide"), "config.json: "),
+    (lambda c: (c.pop("head_dim"), c.pop("hidden_size")), "'hidden_size' is missing"),
     (lambda c: c.update(num_key_value_heads=3), "cannot share"),
 ])
 def test_a_config_this_forward_does_not_implement_is_refused_by_name(tmp_path, llama, change,
