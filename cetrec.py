@@ -35,7 +35,7 @@ from data import (FORMATS, IGNORE, NO_ITEM, TABLE_2, Batch, Sequences, Synthetic
                   build_prompt, check_context, collate, encode_example, encode_examples,
                   load_interactions, make_sequences, show_prompt, split_by_time)
 from evaluate import evaluate_order, format_result
-from llama import KVCache, Llama, LlamaConfig, load_llama, save_llama
+from llama import KVCache, Llama, LlamaConfig, find_checkpoint, load_llama, save_llama
 from lora import ALL_LINEAR, LoraConfig, add_lora, load_lora, lora_parameters, save_lora
 
 # ----------------------------------------------------------------------------------------------
@@ -102,8 +102,14 @@ class TemporalLlama(nn.Module):
         return self.llama(None, embeddings=tok_emb, positions=positions, cache=cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., V)"""
+        """(..., C) -> (..., V) float32"""
         return self.llama.logits(hidden)
+
+    def fingerprint(self) -> dict:
+        """What LoRA factors tuned in this model go with: temporal embedding and base."""
+        scale = self.scale if self.kind == "sinpe" else 1.0
+        return {"temporal": self.kind, "scale": scale, "index": "order",
+                "base": self.llama.fingerprint}
 
 
 def twin_forward_clear(model: TemporalLlama, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -114,7 +120,7 @@ def twin_forward_clear(model: TemporalLlama, batch: Batch) -> tuple[Tensor, Tens
     supervised = batch.labels != IGNORE
     hidden_f = model(batch.tokens, batch.item_pos)                  # factual world, T = t
     hidden_cf = model(batch.tokens, erase_order(batch.item_pos))    # counterfactual, T = t*
-    return tuple(model.logits(hidden[supervised]).float() for hidden in (hidden_f, hidden_cf))
+    return tuple(model.logits(hidden[supervised]) for hidden in (hidden_f, hidden_cf))
 
 
 def world_logits(model: TemporalLlama, batch: Batch, *worlds: Tensor) -> tuple[Tensor, ...]:
@@ -126,10 +132,11 @@ def world_logits(model: TemporalLlama, batch: Batch, *worlds: Tensor) -> tuple[T
     prefix, cache = batch.prefix, KVCache()
     if prefix:
         model(batch.tokens[:1, :prefix], batch.item_pos[:1, :prefix], cache=cache)
+    cache.read_only = True
     tokens = batch.tokens[:, prefix:].repeat(len(worlds), 1)
     hidden = model(tokens, torch.cat(worlds)[:, prefix:], cache=cache)
     supervised = batch.labels[:, prefix:] != IGNORE
-    return tuple(model.logits(world[supervised]).float() for world in hidden.chunk(len(worlds)))
+    return tuple(model.logits(world[supervised]) for world in hidden.chunk(len(worlds)))
 
 
 def twin_forward(model: TemporalLlama, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -169,6 +176,38 @@ def cetrec_loss(model: TemporalLlama, batch: Batch,
 
 
 # ----------------------------------------------------------------------------------------------
+# Adapters: peft's two files and temporal.json, which says what they were tuned for
+
+
+def save_adapter(model: TemporalLlama, folder: Path, base: str | None = None) -> None:
+    """Write factors and fingerprint; base is the name of the base, for peft."""
+    save_lora(model, folder, base)
+    write_json(folder / "temporal.json", model.fingerprint())
+
+
+def load_adapter(model: TemporalLlama, folder: Path) -> None:
+    """Add the folder's factors to the model they were tuned in.
+
+    Raises FileNotFoundError or ValueError: files absent or damaged; another base or temporal
+    embedding than this model's, both named. An adapter that peft made has none: see load_lora.
+    """
+    path = Path(folder) / "temporal.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; a tuned adapter of ours has it")
+    try:
+        theirs, ours = json.loads(path.read_text(encoding="utf-8")), model.fingerprint()
+        fields = [[f[key] for key in ours] for f in (theirs, ours)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the settings of an adapter ({error!r})") from None
+    if fields[0] != fields[1]:
+        tuned, here = (f"base {base}, temporal embedding {kind}, scale {scale}, index {index}"
+                       for kind, scale, index, base in fields)
+        raise ValueError(f"{path}: the adapter was tuned with {tuned}; this model has {here}. Give "
+                         "it the base and the settings it was tuned with")
+    load_lora(model, folder)
+
+
+# ----------------------------------------------------------------------------------------------
 # Batches, the loop
 
 
@@ -191,7 +230,7 @@ def batches(tokenizer: Tokenizer, sequences: Sequences, batch_size: int, rng: np
         examples.sort(key=lambda example: len(example.tokens))
         groups = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
         for g in rng.permutation(len(groups)):
-            yield collate(groups[g])
+            yield collate(groups[g], tokenizer.pad_id)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
@@ -278,7 +317,7 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, opti
                       f"{' | best so far, adapter saved' if best else ''}", file=sys.stdout)
             if not best:
                 break
-            save_lora(model, folder)
+            save_adapter(model, folder, None if options.model == "tiny" else options.model)
             kept = [p.detach().clone() for p in lora_parameters(model)]
     for p, value in zip(lora_parameters(model), kept):
         p.data.copy_(value)
@@ -342,7 +381,7 @@ def tiny_tokenizer(titles: list[str], counts: np.ndarray, domain: str, size: int
         initial_alphabet=sorted(level.alphabet()), show_progress=False))
     bpe.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
-    return Tokenizer(bpe, (1,))
+    return Tokenizer(bpe, eos_ids=(1,), bos_id=0, pad_id=1)
 
 
 def title_labels(batch: Batch) -> Batch:
@@ -400,6 +439,9 @@ def tiny_base(root: Path, train_set: Sequences, seed: int, device: torch.device,
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.bpe.save(str(folder / "tokenizer.json"))
     write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|end_of_text|>", "clean_up_tokenization_spaces": False})
     save_llama(llama, folder)
     return folder
 
@@ -452,6 +494,7 @@ class Options:
     warmup: int
     max_steps: int
     limit_train: int
+    recompute: bool
     beams: int
     length_penalty: float
     eval_sequences: int
@@ -499,7 +542,8 @@ def parser() -> argparse.ArgumentParser:
 
     group = ap.add_argument_group("model")
     flag("--model", "tiny: a small Llama trained here on shuffled histories; or a folder with "
-         "config.json, safetensors and tokenizer.json", "tiny", metavar="tiny|FOLDER")
+         "config.json, safetensors and tokenizer.json; or a repository on the Hugging Face Hub, "
+         "such as meta-llama/Llama-3.2-1B, fetched once", "tiny", metavar="tiny|FOLDER|HUB_NAME")
     flag("--temporal", "temporal embedding of item tokens: rope rotates their input embedding "
          "(Eq. 4, D2), rope-attention turns them by t + k inside attention (Eq. 5), sinpe is added "
          "(Eq. 3), none leaves BIGRec and forces --lambda-ct 0", "rope", choices=TEMPORAL)
@@ -520,6 +564,9 @@ def parser() -> argparse.ArgumentParser:
          metavar="N")
     flag("--warmup", "steps of linear warm-up, then linear decay", type=int, metavar="N")
     flag("--max-steps", "stop tuning after N steps; 0 = no limit", "0", type=int, metavar="N")
+    flag("--recompute", "run each block again in the backward pass instead of keeping its "
+         "activations: less memory, about a third more time", "no",
+         action=argparse.BooleanOptionalAction)
 
     group = ap.add_argument_group("evaluation")
     flag("--eval-sequences", "seeded sample of the test split; 0 = all", "1000", type=int,
@@ -531,14 +578,16 @@ def parser() -> argparse.ArgumentParser:
     flag("--exclude-history", "leave items of the history out of the ranking, §5.1.2", "yes",
          action=argparse.BooleanOptionalAction)
     flag("--eval-only", "evaluate the adapter in this run folder again, on its own data and base; "
-         "goes with the flags of this group and --device", "tune first", metavar="RUN")
+         "goes with the flags of this group, --device, --dtype, and --model where the base has "
+         "moved", "tune first", metavar="RUN")
 
     group = ap.add_argument_group("run")
     flag("--seed", "of world, base, tuning and samples", "0", type=int)
     flag("--device", "auto takes cuda, then mps, then cpu", "auto",
          choices=["auto", "cpu", "cuda", "mps"])
-    flag("--dtype", "of the frozen weights; factors, logits and losses are float32. auto: bfloat16 "
-         "on cuda, else float32", "auto", choices=["auto", "float32", "bfloat16", "float16"])
+    flag("--dtype", "of the frozen weights; factors, logits and losses are float32. auto: on cuda "
+         "bfloat16, or float16 where the card has no bfloat16; else float32. stored: as in the "
+         "files", "auto", choices=["auto", "stored", "float32", "bfloat16", "float16"])
     flag("--out", "folder for run folders and tiny bases", "runs", metavar="DIR")
     return ap
 
@@ -561,14 +610,15 @@ def fill_in(given: dict) -> Options:
         given["lambda_ct"] = 0.0
     defaults = {"data": "synthetic", "data_dir": "data", "order_strength": 1.0, "model": "tiny",
                 "temporal": "rope", "lambda_ct": 0.1, "sinpe_scale": 1.0, "max_steps": 0,
-                "limit_train": 0, "beams": 5, "eval_sequences": 1_000, "exclude_history": True,
-                "seed": 0, "device": "auto", "dtype": "auto"}
+                "limit_train": 0, "recompute": False, "beams": 5, "eval_sequences": 1_000,
+                "exclude_history": True, "seed": 0, "device": "auto", "dtype": "auto"}
     return Options(**(defaults | preset(given.get("model", "tiny"), data) | given))
 
 
 def read_run(run_folder: Path, given: dict) -> tuple[Options, Path]:
     """Options of a run, with the flags that --eval-only may change, and the folder of its base."""
-    allowed = {"beams", "length_penalty", "eval_sequences", "exclude_history", "device"}
+    allowed = {"beams", "length_penalty", "eval_sequences", "exclude_history", "device", "dtype",
+               "model"}
     if extra := sorted(given.keys() - allowed):
         names = ", ".join("--" + name.replace("_", "-") for name in extra)
         raise ValueError(f"--eval-only takes data, base and tuning from the run; it does not go "
@@ -581,13 +631,15 @@ def read_run(run_folder: Path, given: dict) -> tuple[Options, Path]:
         tuned = saved["options"] | {"lora_targets": tuple(saved["options"]["lora_targets"])}
         base = Path(saved["base"])      # a tiny base lies beside the runs that use it
         base = run_folder.parent / base if tuned["model"] == "tiny" else base
+        if "model" in given or not base.exists() and tuned["model"] != "tiny":
+            base = find_checkpoint(given.pop("model", tuned["model"]))
         return Options(**(tuned | given)), base
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{record}: not the record of a run ({error})") from None
 
 
-def choose_device(options: Options) -> tuple[torch.device, torch.dtype]:
-    """The device and the precision of the frozen weights."""
+def choose_device(options: Options) -> tuple[torch.device, torch.dtype | None]:
+    """The device and the precision of the frozen weights; None keeps the stored one."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
             "cpu": True}
     kind = options.device
@@ -595,8 +647,12 @@ def choose_device(options: Options) -> tuple[torch.device, torch.dtype]:
         kind = next(name for name, available in here.items() if available)
     if not here[kind]:
         raise ValueError(f"--device {kind}: this PyTorch sees no such device; use --device auto")
-    auto = "bfloat16" if kind == "cuda" else "float32"
-    return torch.device(kind), getattr(torch, auto if options.dtype == "auto" else options.dtype)
+    name = options.dtype
+    if name == "auto" and kind == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    elif name == "auto":
+        name = "float32"
+    return torch.device(kind), None if name == "stored" else getattr(torch, name)
 
 
 def check_writable(out: Path) -> None:
@@ -648,24 +704,33 @@ def run(options: Options, out: Path, evaluate_run: Path | None = None,
     check_writable(evaluate_run or out)
     device, dtype = choose_device(options)
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-    print(f"device {device}{threads} | frozen weights {str(dtype).removeprefix('torch.')} | "
+    print(f"device {device}{threads} | frozen weights "
+          f"{'as stored' if dtype is None else str(dtype).removeprefix('torch.')} | "
           f"torch {torch.__version__}")
     (train_set, valid_set, test_set), world, record = load_splits(options)
 
     # base and adapter
-    source = base or Path(options.model)
-    if not base and options.model == "tiny":
-        started = time.perf_counter()
-        recipe = TINY_BASES.get(options.data, TinyBase())
-        source = tiny_base(out, train_set, options.seed, device, recipe)
-        print(f"tiny base {source} | {time.perf_counter() - started:.0f} s")
-    llama, tokenizer = load_llama(source, device, dtype), Tokenizer.from_folder(source)
+    if base:
+        source = base
+    elif options.model == "tiny":
+        source = tiny_base(out, train_set, options.seed, device,
+                           TINY_BASES.get(options.data, TinyBase()))
+    else:
+        source = find_checkpoint(options.model)
+    config, tokenizer = LlamaConfig.from_folder(source), Tokenizer.from_folder(source)
     for part in (train_set, valid_set, test_set):
-        check_context(tokenizer, part, llama.config.max_position_embeddings)
+        check_context(tokenizer, part, config.max_position_embeddings)
+    started = time.perf_counter()
+    llama = load_llama(source, device, dtype)
+    llama.recompute = options.recompute
+    first = tokenizer.bpe.encode("The").ids[0]
+    bos = f"begin with BOS {first}" if first == tokenizer.bos_id else "have no BOS"
+    print(f"base {source} | fingerprint {llama.fingerprint} | {config.vocab_size:,} tokens, "
+          f"prompts {bos} | read in {time.perf_counter() - started:.1f} s")
     model = TemporalLlama(llama, options.temporal, options.sinpe_scale, tokenizer)
     torch.manual_seed(options.seed)
     if evaluate_run:
-        load_lora(model, evaluate_run)
+        load_adapter(model, evaluate_run)
     else:
         add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout,
                  options.lora_targets)
@@ -680,9 +745,10 @@ def run(options: Options, out: Path, evaluate_run: Path | None = None,
 
     # tune
     name = source.name if options.model == "tiny" else str(source)
-    record |= {"options": asdict(options), "base": name, "versions": {
-        "python": platform.python_version(), "torch": torch.__version__,
-        "numpy": np.__version__, "tokenizers": tokenizers.__version__}}
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "numpy": np.__version__, "tokenizers": tokenizers.__version__}
+    record |= {"options": asdict(options), "base": name, "fingerprint": model.fingerprint(),
+               "versions": versions}
     folder = evaluate_run or new_folder(out, f"{options.data}-{options.temporal}")
     if not evaluate_run:
         write_json(folder / "run.json", record)

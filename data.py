@@ -13,6 +13,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 import zlib
 from array import array
@@ -275,16 +276,37 @@ def build_prompt(history_titles, domain: str = "movies") -> tuple[str, list[tupl
     return text + after, spans
 
 
+def _json_object(path: Path) -> dict:
+    """The object in a JSON file; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer.json and the ids that end an answer; eos_ids[0] is the one we train on."""
+    """A tokenizer.json, which also decides whether a text begins with BOS, and its special ids."""
 
     bpe: tokenizers.Tokenizer
-    eos_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]        # each ends an answer; eos_ids[0] is the one we train on
+    bos_id: int | None = None
+    pad_id: int = 0                 # fills rows; never seen, so any id does
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """Read tokenizer.json; EOS from tokenizer_, generation_config.json and config.json."""
+        """Read tokenizer.json and, in this order, the ids in the other files of a checkpoint.
+
+        tokenizer_config.json names tokens; generation_config.json, or else config.json, gives ids.
+        EOS is all of them together, as generation stops at any; pad is EOS where none is given.
+        Raises FileNotFoundError or ValueError that name the file, also for ids that the base has no
+        embedding for.
+        """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found. A checkpoint folder holds config.json, "
@@ -293,23 +315,31 @@ class Tokenizer:
             bpe = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:      # the library raises bare Exception
             raise ValueError(f"{path}: not a tokenizer file ({error})") from None
-        eos_ids: list[int] = []
-        for name, key in (("tokenizer_config.json", "eos_token"),
-                          ("generation_config.json", "eos_token_id"), ("config.json",
-                                                                       "eos_token_id")):
-            if not (path.parent / name).is_file():
-                continue
-            try:
-                value = json.loads((path.parent / name).read_text(encoding="utf-8")).get(key)
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{path.parent / name}: not a JSON object ({error})") from None
-            if key == "eos_token":
-                value = bpe.token_to_id(value["content"] if isinstance(value, dict) else str(value))
-            eos_ids += value if isinstance(value, list) else [] if value is None else [value]
-        if not eos_ids:
+        bpe.no_truncation()             # settings of somebody's last call; they cut prompts short
+        bpe.no_padding()
+        names, generation, config = (
+            _json_object(path.parent / name) for name in ("tokenizer_config.json",
+                                                          "generation_config.json", "config.json"))
+        ids = {"bos": [], "eos": [], "pad": []}
+        for kind, found in ids.items():
+            token = names.get(f"{kind}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and bpe.token_to_id(token) is not None:
+                found.append(bpe.token_to_id(token))
+            given = generation.get(f"{kind}_token_id")
+            given = config.get(f"{kind}_token_id") if given is None else given
+            for value in given if isinstance(given, list) else [given]:
+                if isinstance(value, int) and value >= 0:       # older files say -1 for none
+                    found.append(value)
+        if not ids["eos"]:
             raise ValueError(f"{path.parent}: no EOS token in tokenizer_config.json, "
                              "generation_config.json or config.json; answers could never end")
-        return cls(bpe, tuple(dict.fromkeys(eos_ids)))
+        largest = max(*bpe.get_vocab(with_added_tokens=True).values(), *ids["eos"], *ids["bos"])
+        if largest >= (rows := config.get("vocab_size", math.inf)):
+            raise ValueError(f"{path}: holds token id {largest}, but the embedding has {rows} rows "
+                             "(vocab_size in config.json). Is it the tokenizer of another model?")
+        return cls(bpe, tuple(dict.fromkeys(ids["eos"])), next(iter(ids["bos"]), None),
+                   (ids["pad"] + ids["eos"])[0])
 
     def decode(self, tokens: list[int]) -> str:
         """Token ids -> text, special tokens left out."""
@@ -378,10 +408,10 @@ class Batch:
                      self.prefix)
 
 
-def collate(examples: list[Example]) -> Batch:
+def collate(examples: list[Example], pad_id: int = 0) -> Batch:
     """Pad to the longest example, shift the labels, find the common prefix."""
-    T = max(len(e.tokens) for e in examples)
-    tokens, item_pos, labels = (np.full((len(examples), T), fill) for fill in (0, NO_ITEM, IGNORE))
+    shape = len(examples), max(len(e.tokens) for e in examples)
+    tokens, item_pos, labels = (np.full(shape, fill) for fill in (pad_id, NO_ITEM, IGNORE))
     for row, e in enumerate(examples):
         n = len(e.tokens)
         tokens[row, :n], item_pos[row, :n], labels[row, :n - 1] = e.tokens, e.item_pos, e.labels[1:]

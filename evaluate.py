@@ -76,7 +76,7 @@ def beam_search(model, prompts, beams: int = 5, max_new_tokens: int = 128, min_n
 
     for g in range(1, max_new_tokens + 1):
         groups = len(prompt_of)
-        log_p = logits.float().log_softmax(dim=-1).view(groups, W, V)
+        log_p = logits.log_softmax(dim=-1).view(groups, W, V)
         if g <= min_new_tokens:
             log_p = log_p.index_fill(-1, eos, -math.inf)
         candidates = max(2, 1 + len(eos)) * W

@@ -10,9 +10,11 @@ G key/value heads, D head width, V vocabulary.
 Left out: attention or MLP biases, sliding windows, mixtures, quantised weights.
 """
 
+import hashlib
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,10 @@ class LlamaConfig:
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < 1):
                 raise ValueError(f"{field.name} is {value!r}; wanted a positive integer")
-            if field.type is float and (type(value) not in (int, float) or not value > 0):
+            if field.type is float and not _positive(value):
                 raise ValueError(f"{field.name} is {value!r}; wanted a positive number")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name} is {value!r}; wanted true or false")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"{self.num_attention_heads} query heads cannot share "
                              f"{self.num_key_value_heads} key/value heads evenly")
@@ -56,38 +61,58 @@ class LlamaConfig:
         if kind not in ("default", "llama3"):
             raise ValueError(f"rope scaling {kind!r} is not implemented; known: default, llama3")
         if kind == "llama3":
-            wanted = ("factor", "low_freq_factor", "high_freq_factor",
-                      "original_max_position_embeddings")
-            if missing := [k for k in wanted if k not in self.rope_scaling]:
-                raise ValueError(f"rope scaling 'llama3' lacks {', '.join(missing)}")
+            for key in ("factor", "low_freq_factor", "high_freq_factor",
+                        "original_max_position_embeddings"):
+                if not _positive(value := self.rope_scaling.get(key)):
+                    raise ValueError(f"rope scaling 'llama3': {key} is {value!r}; wanted a "
+                                     "positive number")
+            if not self.rope_scaling["low_freq_factor"] < self.rope_scaling["high_freq_factor"]:
+                raise ValueError("rope scaling 'llama3': low_freq_factor is not below "
+                                 "high_freq_factor")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "LlamaConfig":
-        """Read config.json. Raises FileNotFoundError or ValueError that name the file."""
+        """Read config.json, in the layouts of old and new checkpoints.
+
+        Raises FileNotFoundError or ValueError that name the file and what is not implemented.
+        """
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found. A checkpoint folder holds config.json, "
                                     "model.safetensors and tokenizer.json; or use --model tiny")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON ({error})") from None
         if not isinstance(raw, dict) or raw.get("model_type") != "llama":
             kind = raw.get("model_type") if isinstance(raw, dict) else raw
             raise ValueError(f"{path}: model_type is {kind!r}; this code implements 'llama' only")
-        for switch in ("attention_bias", "mlp_bias", "quantization_config"):
-            if raw.get(switch):
-                raise ValueError(f"{path}: {switch} is set; this forward does not implement it")
+        for key in ("attention_bias", "mlp_bias", "quantization_config"):
+            if raw.get(key):
+                raise ValueError(f"{path}: {key} is set; this forward does not implement it")
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"{path}: hidden_act is {raw['hidden_act']!r}; wanted 'silu'")
         for key in ("rope_scaling", "rope_parameters"):
             if not isinstance(raw.get(key) or {}, dict):
                 raise ValueError(f"{path}: {key} is {raw[key]!r}; wanted an object or null")
-        rope = raw.get("rope_parameters") or {}         # the layout of newer files
-        raw.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
+
+        # rotary settings: beside the sizes in older files, in one object in newer ones
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if (part := rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))) not in (
+                None, 1):
+            raise ValueError(f"{path}: partial_rotary_factor is {part!r}; only 1 is implemented")
+        raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
+        context = raw.setdefault("max_position_embeddings", 2048)
+        raw["rope_scaling"] = None
         if rope_kind(rope) != "default":
-            raw["rope_scaling"] = rope
-        raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+            raw["rope_scaling"] = {"original_max_position_embeddings": context} | {
+                key: value for key, value in rope.items() if key not in ("rope_theta", "type")} | {
+                "rope_type": rope_kind(rope)}
+
+        # the ecosystem's defaults for what a file may leave out; sizes have none
+        raw.setdefault("rms_norm_eps", 1e-6)
+        if raw.get("num_key_value_heads") is None:
+            raw["num_key_value_heads"] = raw.get("num_attention_heads")
         try:
             if raw.get("head_dim") is None:
                 raw["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
@@ -97,6 +122,10 @@ class LlamaConfig:
         except (TypeError, ValueError, ZeroDivisionError) as error:
             what = str(error).removeprefix("LlamaConfig.__init__() ")
             raise ValueError(f"{path}: {what}") from None
+
+
+def _positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def rope_kind(scaling: dict | None) -> str:
@@ -110,7 +139,7 @@ def inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
     inv_freq = 1.0 / config.rope_theta ** (half / config.head_dim)
     if rope_kind(config.rope_scaling) == "llama3":
         s = config.rope_scaling
-        turns = s["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        turns = s["original_max_position_embeddings"] / (2 * math.pi / inv_freq)
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)   # 1: as trained, 0: slowed by `factor`
         inv_freq = keep * inv_freq + (1 - keep) * inv_freq / s["factor"]
@@ -154,25 +183,14 @@ class KVCache:
     """
 
     def __init__(self):
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.layers: list[tuple[Tensor, Tensor]] = []
         self.hidden: Tensor | None = None       # (B, S) bool
+        self.read_only = False                  # True: a forward sees what is here and adds nothing
 
     @property
     def length(self) -> int:
         """Number of slots S."""
-        return self.keys[0].shape[2] if self.keys else 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new keys and values of one layer, (B, G, T, D) each; return all of them."""
-        if layer == len(self.keys):
-            self.keys.append(k)
-            self.values.append(v)
-        else:
-            rows = (k.shape[0], -1, -1, -1)
-            self.keys[layer] = torch.cat((self.keys[layer].expand(rows), k), dim=2)
-            self.values[layer] = torch.cat((self.values[layer].expand(rows), v), dim=2)
-        return self.keys[layer], self.values[layer]
+        return self.layers[0][0].shape[2] if self.layers else 0
 
     def hide_from(self, lengths: Tensor) -> None:
         """Hide the right padding of a batch of prompts: the slots >= lengths, (B,)."""
@@ -181,8 +199,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep (and repeat) the given rows, in that order: follow beams, drop finished prompts."""
-        self.keys = [k.index_select(0, rows) for k in self.keys]
-        self.values = [v.index_select(0, rows) for v in self.values]
+        self.layers = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.layers]
         self.hidden = None if self.hidden is None else self.hidden.index_select(0, rows)
 
     def mask(self, new: int, device) -> Tensor | None:
@@ -224,16 +241,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache, layer):
-        """x (B, T, C) -> (B, T, C)"""
+    def forward(self, x, cos, sin, mask, past):
+        """x (B, T, C), past keys and values or None -> (B, T, C), all keys and values"""
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)    # -> (B, H or G, T, D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)                                # -> (B, G, S, D)
+        if past is not None:
+            k, v = (torch.cat((old.expand(B, -1, -1, -1), new), dim=2)      # -> (B, G, S, D)
+                    for old, new in zip(past, (k, v)))
         y = attend_fused(q, k, v, mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))             # -> (B, T, C)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), (k, v)     # -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -261,10 +279,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask, cache, layer):
-        """x (B, T, C) -> (B, T, C)"""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, cos, sin, mask, past):
+        """x (B, T, C), past keys and values or None -> (B, T, C), all keys and values"""
+        y, keys_values = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), keys_values
 
 
 class Llama(nn.Module):
@@ -273,6 +292,8 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        self.fingerprint: str | None = None     # of the checkpoint it was loaded from
+        self.recompute = False                  # True: blocks run again in backward, to save memory
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -288,8 +309,11 @@ class Llama(nn.Module):
         return self.embed_tokens(tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token scores f.  (..., C) -> (..., V)"""
-        return self.lm_head(hidden)
+        """Next-token scores f, float32 whatever the storage: their differences are small.
+
+        (..., C) -> (..., V)
+        """
+        return F.linear(hidden.float(), self.lm_head.weight.float())
 
     def positions(self, new: int, cache: KVCache | None, device) -> Tensor:
         """Default positions of `new` tokens: counted on from the cache, less its hidden slots.
@@ -307,7 +331,8 @@ class Llama(nn.Module):
         """Hidden states after the final norm.  tokens (B, T) -> (B, T, C)
 
         embeddings (B, T, C) replace embed(tokens); positions (T,) or (B, T), integer or float,
-        default to 0 .. T-1 counted on from the cache; the cache is extended in place.
+        default to 0 .. T-1 counted on from the cache; the cache is extended in place, unless it is
+        read-only.
         """
         x = self.embed(tokens) if embeddings is None else embeddings
         T = x.shape[1]
@@ -318,13 +343,55 @@ class Llama(nn.Module):
             angles = angles[:, None]                # (B, T, D/2) -> (B, 1, T, D/2): all heads alike
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         mask = cache.mask(T, x.device) if cache is not None else None
-        for layer, block in enumerate(self.layers):
-            x = block(x, cos, sin, mask, cache, layer)
+        pasts, grown = cache.layers if cache is not None else [], []
+        for block, past in zip(self.layers, pasts or [None] * len(self.layers)):
+            if self.recompute and torch.is_grad_enabled():
+                x, keys_values = checkpoint(block, x, cos, sin, mask, past, use_reentrant=False)
+            else:
+                x, keys_values = block(x, cos, sin, mask, past)
+            if cache is not None and not cache.read_only:
+                grown.append(keys_values)
+        if grown:
+            cache.layers = grown
         return self.norm(x)
 
 
 # ----------------------------------------------------------------------------------------------
-# Checkpoint folders: config.json and safetensors, one file or shards with an index
+# Checkpoints: config.json and safetensors, one file or shards with an index; local or on the Hub
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+WEIGHT_FILES = ["model.safetensors.index.json", "model.safetensors", "model-*.safetensors"]
+
+
+def find_checkpoint(name: str) -> Path:
+    """The folder called `name`, or else a snapshot of that Hub repository, fetched if need be.
+
+    The Hub's own environment variables hold: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE. Raises ValueError:
+    gated, no such repository, no network; FileNotFoundError or ValueError if its config.json asks
+    for what `Llama` does not implement, before any weight is fetched.
+    """
+    if Path(name).exists() or not HUB_NAME.fullmatch(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (GatedRepoError, LocalEntryNotFoundError,
+                                        RepositoryNotFoundError)
+    try:
+        LlamaConfig.from_folder(snapshot_download(name, allow_patterns=SMALL_FILES))
+        return Path(snapshot_download(name, allow_patterns=SMALL_FILES + WEIGHT_FILES))
+    except GatedRepoError:
+        raise ValueError(
+            f"{name}: a gated repository. Accept its terms at https://huggingface.co/{name}, then "
+            "log in with `hf auth login` or set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"{name}: neither a folder here nor a repository on the Hub. Check the spelling; for a "
+            "private one log in with `hf auth login` or set HF_TOKEN") from None
+    except LocalEntryNotFoundError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name}: no folder here, not complete in the Hub's cache, and the Hub cannot be "
+            f"reached ({reason}). Connect, unset HF_HUB_OFFLINE, or pass a folder") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -337,7 +404,8 @@ def _weight_files(folder: Path) -> list[Path]:
                                 "safetensors files only")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        names[0]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index}: not a safetensors index (wanted a 'weight_map')") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
@@ -347,57 +415,109 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def load_llama(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Llama:
-    """Read a checkpoint folder strictly, each tensor once. dtype None keeps the stored precision.
+def _headers(files: list[Path], wanted: dict[str, Tensor], tied: bool) -> dict[str, tuple]:
+    """Our name -> (file, stored name) for every tensor, from the files' headers alone.
 
-    Raises FileNotFoundError or ValueError: file absent or damaged, tensors missing, unexpected,
-    of another shape (listed together), or holding a value that is not finite.
+    Raises one ValueError for all tensors that are missing, unexpected or of another shape or type.
+    """
+    where, wrong = {}, []
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for stored in file.keys():
+                name, entry = stored.removeprefix("model."), file.get_slice(stored)
+                shape, kind = tuple(entry.get_shape()), entry.get_dtype()
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue                            # a buffer of older files; computed here
+                if name == "lm_head.weight" and tied:   # some store both; they must be equal
+                    wanted = wanted | {name: wanted["embed_tokens.weight"]}
+                if name not in wanted or name in where:
+                    wrong.append(f"{stored} in {path.name} unexpected")
+                elif shape != wanted[name].shape:
+                    wrong.append(f"{stored} in {path.name} of shape {shape}, wanted "
+                                 f"{tuple(wanted[name].shape)}")
+                elif kind not in ("F32", "F16", "BF16"):
+                    wrong.append(f"{stored} in {path.name} stored as {kind}, wanted F32, F16 or "
+                                 "BF16")
+                where[name] = (path, stored)
+    wrong += [f"{name} missing" for name in wanted if name not in where]
+    if wrong:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise ValueError(f"{files[0].parent}: tensors do not fit config.json: "
+                         f"{'; '.join(wrong[:6])}{more}. Do they belong together?")
+    return where
+
+
+def _read(path: Path, stored: str, device, dtype: torch.dtype | None) -> tuple[Tensor, str]:
+    """One tensor and the SHA-256 of its bytes. Each value is copied once, from the mapped file.
+
+    The file is mapped anew for every 64 MB, so that pages already copied are given back.
+    """
+    out, start, digest, rows = None, 0, hashlib.sha256(), 1
+    while out is None or start < len(out):
+        with safe_open(path, framework="pt") as file:
+            entry = file.get_slice(stored)
+            if out is None:
+                shape, rows = entry.get_shape(), max(1, 2**26 // entry[:1].nbytes)
+            piece = entry[start:start + rows]
+            if not torch.stack(piece.aminmax()).isfinite().all():
+                raise ValueError(f"{path}: {stored} holds values that are not finite")
+            if out is None:
+                out = torch.empty(shape, dtype=dtype or piece.dtype, device=device)
+            out[start:start + rows].copy_(piece)
+            digest.update(piece.contiguous().view(torch.uint8).numpy())
+            start += rows
+            del piece, entry                            # views of the map
+    return out, digest.hexdigest()
+
+
+def load_llama(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Llama:
+    """Read a checkpoint folder strictly. dtype None keeps the stored precision.
+
+    Peak memory is that of the weights and 64 MB. `fingerprint` becomes a digest of the sizes and of
+    every stored value, the same for one file and for shards, on any device, in any dtype.
+    Raises FileNotFoundError or ValueError: file absent or damaged, tensors missing, unexpected or
+    misshapen (listed together, before any is read), a value that is not finite.
     """
     folder = Path(folder)
     config = LlamaConfig.from_folder(folder)
     with torch.device("meta"):
         model = Llama(config)
-    wanted = dict(model.named_parameters())         # tied weights appear once
-    found, unexpected, misshaped = {}, [], []
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for stored in file.keys():
-                    name = stored.removeprefix("model.")
-                    if name == "lm_head.weight" and config.tie_word_embeddings:
-                        continue                    # some tied checkpoints store it twice
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue                    # a buffer of older files; computed here
-                    if name not in wanted:
-                        unexpected.append(stored)
-                        continue
-                    tensor = file.get_tensor(stored)
-                    if tensor.shape != wanted[name].shape:
-                        misshaped.append(f"{stored} {tuple(tensor.shape)}, wanted "
-                                         f"{tuple(wanted[name].shape)}")
-                    elif not tensor.is_floating_point() or not tensor.isfinite().all():
-                        raise ValueError(f"{path}: {stored} holds values that are not finite")
-                    found[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: damaged or truncated ({error}). Fetch it again") from None
-    missing = [name for name in wanted if name not in found]
-    if missing or unexpected or misshaped:
-        lists = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
-        parts = [f"{len(names)} tensors {what}, e.g. {', '.join(names[:3])}"
-                 for what, names in lists.items() if names]
-        raise ValueError(f"{folder}: {'; '.join(parts)}. "
-                         "Do config.json and the weights belong together?")
+    wanted = dict(model.named_parameters())             # tied weights appear once
+    path = folder
+    try:
+        where, found, digests = {}, {}, {}
+        for path in (files := _weight_files(folder)):   # each must open before any is read
+            safe_open(path, framework="pt")
+        where = _headers(files, wanted, config.tie_word_embeddings)
+        for name, (path, stored) in sorted(where.items()):
+            found[name], digests[name] = _read(path, stored, device, dtype)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or truncated ({error}). Fetch it again") from None
     if config.tie_word_embeddings:
+        head = digests.pop("lm_head.weight", digests["embed_tokens.weight"])
+        if head != digests["embed_tokens.weight"]:
+            raise ValueError(f"{folder}: config.json ties lm_head to embed_tokens, but the files "
+                             "hold different values for them. Which is right?")
         found["lm_head.weight"] = found["embed_tokens.weight"]
     model.load_state_dict(found, assign=True)
-    if config.tie_word_embeddings:                  # one parameter again, not two of one storage
+    if config.tie_word_embeddings:                      # one parameter, not two of one storage
         model.lm_head.weight = model.embed_tokens.weight
+    description = json.dumps([asdict(config), digests], sort_keys=True)
+    model.fingerprint = hashlib.sha256(description.encode()).hexdigest()[:16]
     return model.eval()
 
 
 def save_llama(model: Llama, folder: str | Path) -> None:
-    """Write config.json and model.safetensors under published names; each file appears whole."""
+    """Write config.json and model.safetensors under published names; each file appears whole.
+
+    Raises ValueError for a model that carries LoRA factors.
+    """
     folder = Path(folder)
+    with torch.device("meta"):
+        plain = {name for name, _ in Llama(model.config).named_parameters()}
+    if extra := sorted({name for name, _ in model.named_parameters()} ^ plain):
+        raise ValueError(f"not a plain Llama: {extra[0]} and {len(extra) - 1} more tensors have no "
+                         "place in a checkpoint; merge_lora(model) first")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {("" if name.startswith("lm_head") else "model.") + name:
                p.detach().contiguous().cpu() for name, p in model.named_parameters()}

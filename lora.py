@@ -2,8 +2,8 @@
 
 Knows only torch. Files have peft's layout and names (adapter_config.json,
 adapter_model.safetensors).
-Left out: DoRA, rank-stabilised scaling, biases, ranks that differ by layer; files with them are
-refused.
+Left out: DoRA, biases, other modules saved whole, ranks that differ by layer; files with them are
+refused by name.
 
 Shapes: R rank; A (R, in), B (out, R).
 """
@@ -11,7 +11,7 @@ Shapes: R rank; A (R, in), B (out, R).
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+# What an adapter_config.json may say without changing y: how it was made, or a part of a feature
+# that is off. Everything else that is set there and not read below is refused.
+HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+            "inference_mode", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
+READ_BELOW = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora",
+              "bias", "init_lora_weights"}
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -31,18 +37,26 @@ class LoraConfig:
     alpha: float = 16.0
     dropout: float = 0.05
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+    rslora: bool = False        # rank-stabilised: α/√R instead of α/R
 
     def __post_init__(self):
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"LoRA rank is {self.rank!r}; wanted a positive integer")
-        if not self.alpha > 0:
+        if type(self.alpha) not in (int, float) or not 0 < self.alpha < math.inf:
             raise ValueError(f"LoRA alpha is {self.alpha!r}; wanted a positive number")
-        if not 0 <= self.dropout < 1:
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA dropout is {self.dropout!r}; wanted a number in [0, 1)")
+        if type(self.rslora) is not bool:
+            raise ValueError(f"use_rslora is {self.rslora!r}; wanted true or false")
         unknown = sorted(set(self.targets) - set(ALL_LINEAR))
         if unknown or not self.targets:
             raise ValueError(f"LoRA targets {', '.join(unknown) or 'empty'}: "
                              f"wanted names among {', '.join(ALL_LINEAR)}")
+
+    @property
+    def scale(self) -> float:
+        """Factor on B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class LoraLinear(nn.Linear):
@@ -53,7 +67,7 @@ class LoraLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.config = config
-        self.scale = config.alpha / config.rank
+        self.scale = config.scale
         w = linear.weight
         self.A = nn.Parameter(w.new_empty(config.rank, w.shape[1], dtype=torch.float32))
         self.B = nn.Parameter(w.new_zeros(w.shape[0], config.rank, dtype=torch.float32))
@@ -71,12 +85,12 @@ def _adapted(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.05,
-             targets=("q_proj", "v_proj")) -> list[nn.Parameter]:
+             targets=("q_proj", "v_proj"), rslora: bool = False) -> list[nn.Parameter]:
     """Freeze the model, then wrap every linear map named in targets. Returns the factors Φ.
 
     Raises ValueError for a second call, a bad setting, or a target the model does not have.
     """
-    config = LoraConfig(rank, alpha, dropout, tuple(targets))
+    config = LoraConfig(rank, alpha, dropout, tuple(targets), rslora)
     if _adapted(model):
         raise ValueError("this model has LoRA factors already; merge_lora(model) first")
     for p in model.parameters():
@@ -102,8 +116,11 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
             getattr(m, factor).data for name, m in _adapted(model).items() for factor in "AB"}
 
 
-def save_lora(model: nn.Module, folder: str | Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json; each file appears whole."""
+def save_lora(model: nn.Module, folder: str | Path, base: str | None = None) -> None:
+    """Write adapter_model.safetensors and adapter_config.json; each file appears whole.
+
+    base: the folder or Hub name of the base, for peft's `base_model_name_or_path`.
+    """
     folder = Path(folder)
     tensors = _tensors(model)
     if not tensors:
@@ -111,61 +128,100 @@ def save_lora(model: nn.Module, folder: str | Path) -> None:
     config = next(iter(_adapted(model).values())).config
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.rank,
                 "lora_alpha": config.alpha, "lora_dropout": config.dropout,
-                "target_modules": list(config.targets), "bias": "none", "fan_in_fan_out": False,
-                "inference_mode": True, "base_model_name_or_path": None}
+                "use_rslora": config.rslora, "target_modules": list(config.targets),
+                "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+                "base_model_name_or_path": base}
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous().cpu() for name, t in tensors.items()},
               folder / "adapter_model.safetensors.part", metadata={"format": "pt"})
     os.replace(folder / "adapter_model.safetensors.part", folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json.part").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "adapter_config.json.part").write_text(json.dumps(settings, indent=2) + "\n",
+                                                     encoding="utf-8")
     os.replace(folder / "adapter_config.json.part", folder / "adapter_config.json")
 
 
+def _read_config(path: Path) -> LoraConfig:
+    """Settings of an adapter_config.json; ValueError for what would compute something else."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type is {settings.get('peft_type')!r}; wanted 'LORA'")
+    for key, value in settings.items():
+        if value and key not in HARMLESS | READ_BELOW:
+            raise ValueError(f"{key} is set; not implemented")
+    if settings.get("bias", "none") != "none":
+        raise ValueError(f"bias is {settings['bias']!r}; only 'none' is implemented")
+    how = settings.get("init_lora_weights", True)
+    if how not in (True, False, "gaussian", "orthogonal"):
+        raise ValueError(f"init_lora_weights is {how!r}; adapters that start from the base weights "
+                         "may change them too, which is not implemented")
+    targets = settings["target_modules"]
+    if targets == "all-linear":
+        targets = ALL_LINEAR
+    if not isinstance(targets, list | tuple):
+        raise ValueError(f"target_modules is {targets!r}; wanted a list of names or 'all-linear'")
+    # peft writes "all-linear" out as full names; that none is left out shows in the tensors' names
+    short = tuple(dict.fromkeys(str(name).rpartition(".")[2] for name in targets))
+    return LoraConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout", 0.0),
+                      short, settings.get("use_rslora", False))
+
+
 def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
-    """Add factors with the folder's settings and read them strictly. Returns the factors."""
+    """Add factors with the folder's settings and read them strictly. Returns the factors.
+
+    Raises FileNotFoundError or ValueError, which name the file, and leaves the model as it was.
+    """
     path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     for file in (path, weights):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: not found. An adapter is adapter_config.json and "
                                     "adapter_model.safetensors")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if settings.get("peft_type") != "LORA":
-            raise ValueError(f"peft_type is {settings.get('peft_type')!r}; wanted 'LORA'")
-        for switch in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern",
-                       "alpha_pattern"):
-            if settings.get(switch):
-                raise ValueError(f"{switch} is set; not implemented")
-        if settings.get("bias", "none") != "none":
-            raise ValueError(f"bias is {settings['bias']!r}; only 'none' is implemented")
-        targets = settings["target_modules"]
-        config = LoraConfig(settings["r"], settings["lora_alpha"], settings["lora_dropout"],
-                            ALL_LINEAR if targets == "all-linear" else tuple(targets))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        config = _read_config(path)
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     try:
         stored = load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{weights}: damaged or truncated ({error})") from None
-    factors = add_lora(model, config.rank, config.alpha, config.dropout, config.targets)
+    factors = add_lora(model, **asdict(config))
     wanted = _tensors(model)
     wrong = sorted(name for name in wanted.keys() | stored.keys() if name not in wanted or
                    name not in stored or wanted[name].shape != stored[name].shape)
+    fault = None
     if wrong:
-        merge_lora(model)               # the factors are zero still: this takes them out again
-        raise ValueError(f"{weights}: {len(wrong)} tensors missing, unexpected or of another "
-                         f"shape, e.g. {', '.join(wrong[:3])}. Is it an adapter of this base?")
+        fault = (f"{len(wrong)} tensors missing, unexpected or of another shape, e.g. "
+                 f"{', '.join(wrong[:3])}. Is it an adapter of this base?")
+    elif bad := [name for name in wanted if not stored[name].isfinite().all()]:
+        fault = f"{bad[0]} holds values that are not finite"
+    if fault:
+        _unwrap(model, lambda m: m.weight)
+        raise ValueError(f"{weights}: {fault}")
     for name, tensor in wanted.items():
         tensor.copy_(stored[name])
     return factors
 
 
-def merge_lora(model: nn.Module) -> None:
-    """Replace W by W + (α/R) B A, summed in float32, and drop the factors."""
+def _unwrap(model: nn.Module, weight) -> None:
+    """Put plain linear maps with weight(m) in the place of the adapted ones."""
     for name, m in _adapted(model).items():
         linear = nn.Linear(m.in_features, m.out_features, bias=False, device="meta")
-        merged = m.weight.float() + m.scale * (m.B @ m.A)
-        linear.weight = nn.Parameter(merged.to(m.weight.dtype).detach(), requires_grad=False)
-        linear.bias = m.bias
-        model.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2],
-                                                                     linear)
+        linear.weight, linear.bias = weight(m), m.bias
+        parent, _, child = name.rpartition(".")
+        model.get_submodule(parent).register_module(child, linear)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Replace W by W + scale B A, summed in float32 and stored in W's precision; drop the factors.
+
+    The outcome is another base: a fingerprint of the old one is forgotten.
+    """
+    def merged(m: LoraLinear) -> nn.Parameter:
+        total = m.weight.float() + m.scale * (m.B @ m.A)
+        return nn.Parameter(total.to(m.weight.dtype).detach(), requires_grad=False)
+
+    _unwrap(model, merged)
+    for part in model.modules():
+        if hasattr(part, "fingerprint"):
+            part.fingerprint = None

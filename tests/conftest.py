@@ -1,5 +1,6 @@
 """Small models, tokenizers and worlds that several test files share."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -31,6 +32,28 @@ def small_config(**changes) -> LlamaConfig:
              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
              "max_position_embeddings": 512}
     return LlamaConfig(**(sizes | changes))
+
+
+def published_tensors(config: dict) -> dict[str, torch.Tensor]:
+    """Weights of a closed form under published names, less the prefix; shapes written out here."""
+    V, C, inner = config["vocab_size"], config["hidden_size"], config["intermediate_size"]
+    H = config["num_attention_heads"]
+    G, D = config.get("num_key_value_heads", H), config.get("head_dim", C // H)
+    shapes = {"embed_tokens.weight": (V, C), "norm.weight": (C,), "lm_head.weight": (V, C)}
+    if config.get("tie_word_embeddings"):
+        del shapes["lm_head.weight"]
+    for n in range(config["num_hidden_layers"]):
+        shapes |= {f"layers.{n}.{name}.weight": shape for name, shape in {
+            "self_attn.q_proj": (H * D, C), "self_attn.k_proj": (G * D, C),
+            "self_attn.v_proj": (G * D, C), "self_attn.o_proj": (C, H * D),
+            "mlp.gate_proj": (inner, C), "mlp.up_proj": (inner, C), "mlp.down_proj": (C, inner),
+            "input_layernorm": (C,), "post_attention_layernorm": (C,)}.items()}
+    tensors = {}
+    for i, (name, shape) in enumerate(sorted(shapes.items())):
+        n = torch.arange(math.prod(shape), dtype=torch.float64)
+        tensors[name] = (0.3 * torch.sin((i + 1) * n ** 1.3 + i)
+                         + ("norm" in name)).view(shape).float()
+    return tensors
 
 
 @pytest.fixture(autouse=True)

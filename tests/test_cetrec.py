@@ -12,8 +12,9 @@ from conftest import TITLES
 
 import cetrec
 from cetrec import (TemporalLlama, TinyBase, batches, cetrec_loss, counterfactual_loss, erase_order,
-                    learning_rate, rotary, sinusoidal, temporal_aware_loss, tiny_base, title_labels,
-                    train, twin_forward, twin_forward_clear)
+                    learning_rate, load_adapter, rotary, save_adapter, sinusoidal,
+                    temporal_aware_loss, tiny_base, title_labels, train, twin_forward,
+                    twin_forward_clear)
 from data import (IGNORE, NO_ITEM, SyntheticWorld, collate, encode_example, make_sequences,
                   split_by_time)
 from llama import Llama, load_llama
@@ -376,3 +377,59 @@ def test_the_tiny_base_is_a_checkpoint_made_once_and_named_after_its_sources(tmp
     assert tokenizer.eos_ids == (1,) and load_llama(folder).config.vocab_size == 400
     text = f'"{train_set.titles[0]}"'
     assert tokenizer.decode(tokenizer.bpe.encode(text).ids) == text
+
+
+# ----------------------------------------------------------------------------------------------
+# Adapters: factors and what they were tuned for
+
+
+def adapter_model(temporal, kind="sinpe", scale=0.5, fingerprint="a" * 16):
+    model = temporal(kind, scale)
+    model.llama.fingerprint = fingerprint
+    return model
+
+
+def test_an_adapter_goes_back_to_its_base_and_temporal_embedding_only(tmp_path, temporal):
+    model = adapter_model(temporal)
+    for p in add_lora(model):
+        p.data += 0.1 * torch.randn_like(p)
+    save_adapter(model, tmp_path, "someone/llama")
+    assert json.loads((tmp_path / "temporal.json").read_text()) == {
+        "temporal": "sinpe", "scale": 0.5, "index": "order", "base": "a" * 16}
+    assert "someone/llama" in (tmp_path / "adapter_config.json").read_text()
+    twin = adapter_model(temporal)
+    load_adapter(twin, tmp_path)
+    tokens, item_pos = torch.tensor([[3, 5, 7, 9]]), torch.tensor([[-1, 1, 0, -1]])
+    assert torch.equal(twin(tokens, item_pos), model(tokens, item_pos))
+    for other, message in ((adapter_model(temporal, fingerprint="b" * 16), "a{16}.*b{16}"),
+                           (adapter_model(temporal, "rope"), "sinpe.*this model has.*rope"),
+                           (adapter_model(temporal, scale=2.0), "scale 0.5.*scale 2.0")):
+        with pytest.raises(ValueError, match=message):
+            load_adapter(other, tmp_path)
+        assert not lora_parameters(other)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"temporal": "rope"}'])
+def test_damaged_settings_of_an_adapter_are_one_clear_error(tmp_path, temporal, text):
+    model = adapter_model(temporal)
+    with pytest.raises(FileNotFoundError, match="temporal.json: not found"):
+        load_adapter(model, tmp_path)
+    (tmp_path / "temporal.json").write_text(text)
+    with pytest.raises(ValueError, match="temporal.json: not the settings of an adapter"):
+        load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_twin_losses_and_gradients_are_the_same_with_recomputation(temporal, tokenizer, recompute):
+    model, clear = temporal(), temporal()
+    batch = collate([encode_example(tokenizer, TITLES[:n], TITLES[n]) for n in (3, 5, 7)])
+    model.llama.recompute, outcomes = recompute, []
+    for m, forward in ((model, twin_forward), (clear, twin_forward_clear)):
+        factors, targets = add_lora(m), batch.labels[batch.labels != IGNORE]
+        for p in factors:
+            p.data = torch.linspace(-0.3, 0.3, p.numel()).view_as(p)
+        logits_f, logits_cf = forward(m, batch)
+        loss = temporal_aware_loss(logits_f, targets) + counterfactual_loss(logits_f, logits_cf,
+                                                                            targets)
+        outcomes.append((loss, torch.autograd.grad(loss, factors)))
+    torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-4, atol=1e-6)

@@ -2,14 +2,16 @@
 
 import gzip
 import itertools
+import json
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from conftest import TITLES
 
 import data
-from data import (IGNORE, NO_ITEM, Interactions, SyntheticWorld, build_prompt, collate,
+from data import (IGNORE, NO_ITEM, Interactions, SyntheticWorld, Tokenizer, build_prompt, collate,
                   encode_example, load_interactions, make_sequences, show_prompt, split_by_time,
                   unique_titles)
 
@@ -317,3 +319,111 @@ def test_real_movielens_100k_gives_the_known_counts(real_data):
 def test_shared_constants_do_not_collide_with_tokens():
     assert data.NO_ITEM == -1 and data.IGNORE == torch.nn.CrossEntropyLoss().ignore_index == -100
     assert len(set(TITLES)) == len(TITLES)
+
+
+# ----------------------------------------------------------------------------------------------
+# tokenizer.json and the files beside it
+
+
+def checkpoint_tokenizer(folder, bpe, **files):
+    """tokenizer.json and JSON files beside it; key generation_config -> generation_config.json."""
+    bpe.save(str(folder / "tokenizer.json"))
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+def test_special_ids_come_from_the_three_files_in_the_ecosystems_order(tmp_path, tokenizer):
+    bpe, one, two, three = tokenizer.bpe, {"eos_token_id": 5}, {"eos_token_id": [6, 7]}, {
+        "eos_token": "<|end_of_text|>"}
+    folder = checkpoint_tokenizer(tmp_path, bpe, config=one)
+    assert Tokenizer.from_folder(folder).eos_ids == (5,)
+    checkpoint_tokenizer(tmp_path, bpe, generation_config=two)          # wins over config.json
+    assert Tokenizer.from_folder(folder).eos_ids == (6, 7)
+    checkpoint_tokenizer(tmp_path, bpe, tokenizer_config=three)         # trained on, stops at all
+    assert Tokenizer.from_folder(folder).eos_ids == (1, 6, 7)
+    assert Tokenizer.from_folder(folder).bos_id is None
+    assert Tokenizer.from_folder(folder).pad_id == 1                    # EOS where there is none
+    checkpoint_tokenizer(tmp_path, bpe, config={"bos_token_id": 8, "pad_token_id": 9},
+                         generation_config={"pad_token_id": -1, "eos_token_id": 1},
+                         tokenizer_config={"bos_token": {"content": "<|begin_of_text|>"},
+                                           "eos_token": {"content": "<|end_of_text|>"},
+                                           "pad_token": "not in the vocabulary"})
+    read = Tokenizer.from_folder(folder)
+    assert (read.bos_id, read.eos_ids, read.pad_id) == (0, (1,), 1)
+
+
+def test_truncation_and_padding_left_in_the_file_do_not_touch_prompts(tmp_path, tokenizer):
+    whole = tokenizer.bpe.encode("Toy Story (1995) and Heat (1995)").ids
+    bpe = tokenizers.Tokenizer.from_str(tokenizer.bpe.to_str())
+    bpe.enable_truncation(3)
+    bpe.enable_padding(length=64)
+    folder = checkpoint_tokenizer(tmp_path, bpe, config={"eos_token_id": 1})
+    assert Tokenizer.from_folder(folder).bpe.encode("Toy Story (1995) and Heat (1995)").ids == whole
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"config": {"eos_token_id": 1, "vocab_size": 100}}, "the embedding has 100 rows"),
+    ({"config": {"eos_token_id": 9_999, "vocab_size": 1_000}}, "token id 9999"),
+    ({"config": {}}, "no EOS token"), ({"config": []}, "config.json: not a JSON object"),
+    ({"config": {"eos_token_id": "1"}}, "no EOS token")])
+def test_a_tokenizer_that_does_not_go_with_the_base_is_refused(tmp_path, tokenizer, files, message):
+    folder = checkpoint_tokenizer(tmp_path, tokenizer.bpe, **files)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_folder(folder)
+
+
+def test_damaged_tokenizer_files_are_one_clear_error(tmp_path, tokenizer):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json: not found"):
+        Tokenizer.from_folder(tmp_path)
+    checkpoint_tokenizer(tmp_path, tokenizer.bpe)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match="generation_config.json: not valid JSON"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer file"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def sentencepiece_like() -> tokenizers.Tokenizer:
+    """As Llama 2's and TinyLlama's: spaces become a letter, unknown characters bytes."""
+    model = tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    bpe = tokenizers.Tokenizer(model)
+    bpe.normalizer = tokenizers.normalizers.Sequence([
+        tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
+    bpe.train_from_iterator([build_prompt(TITLES)[0]] * 2, tokenizers.trainers.BpeTrainer(
+        vocab_size=700, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"] + [
+            f"<0x{byte:02X}>" for byte in range(256)]))
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)])
+    return bpe
+
+
+@pytest.mark.parametrize("kind", ["Llama 3", "SmolLM2", "TinyLlama", "ours"])
+def test_prompts_have_the_ids_of_transformers_autotokenizer(tmp_path, tokenizer, llama3_tokenizer,
+                                                            kind):
+    transformers = pytest.importorskip("transformers")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>",
+                "eos_token": "</s>", "clean_up_tokenization_spaces": False}
+    bpe = llama3_tokenizer.bpe
+    if kind == "SmolLM2":               # no BOS before a prompt
+        bpe = tokenizers.Tokenizer.from_str(bpe.to_str())
+        bpe.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    elif kind == "TinyLlama":
+        bpe, settings = sentencepiece_like(), settings | {"tokenizer_class": "LlamaTokenizer",
+                                                          "add_bos_token": True, "legacy": False}
+    elif kind == "ours":
+        bpe, settings = tokenizer.bpe, settings | {"bos_token": "<|begin_of_text|>",
+                                                   "eos_token": "<|end_of_text|>"}
+    folder = checkpoint_tokenizer(tmp_path, bpe, tokenizer_config=settings, config={
+        "model_type": "llama", "vocab_size": 1_000})
+    ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.bos_id == theirs.bos_token_id and ours.eos_ids == (theirs.eos_token_id,)
+    for history in (TITLES[:3], TITLES[3:], ["  spaces ", "naïve 映画 😀", "</s>"]):
+        if kind == "TinyLlama" and "</s>" in history:
+            history = history[:2]       # there transformers 5 departs from tokenizer.json, and 4
+        prompt = build_prompt(history)[0]
+        assert ours.bpe.encode(prompt).ids == theirs(prompt)["input_ids"]
+        assert encode_example(ours, history, None).tokens == theirs(prompt)["input_ids"]
+    first = encode_example(ours, TITLES[:1], None).tokens[0]
+    assert (first == ours.bos_id) == (kind != "SmolLM2")

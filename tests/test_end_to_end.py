@@ -7,9 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import cetrec
-from cetrec import main
+from cetrec import TemporalLlama, main
+from data import Tokenizer, build_prompt
+from evaluate import beam_search
+from llama import load_llama
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +44,9 @@ def test_the_main_path_then_eval_only_repeats_its_numbers(tmp_path, capsys):
     assert record["options"]["lambda_ct"] == 0.1 and record["tuning"]["steps"] == 3
     assert {"torch", "python"} <= record["versions"].keys() and record["counts"]["train"] == 200
     assert sorted(p.name for p in folder.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "log.jsonl", "run.json"]
+        "adapter_config.json", "adapter_model.safetensors", "log.jsonl", "run.json",
+        "temporal.json"]
+    assert json.loads((folder / "temporal.json").read_text()) == record["fingerprint"]
     assert main(["--eval-only", str(folder)]) == 0
     again = json.loads((folder / "eval.json").read_text())
     assert again["metrics"] == record["metrics"]
@@ -68,6 +75,7 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(tmp_path):
       "q_proj,o_proj", "--lr", "0.01", "--epochs", "2", "--warmup", "1", "--dtype", "bfloat16",
       "--device", "cpu"],
      {"lora_rank": 2, "lora_targets": ["q_proj", "o_proj"], "dtype": "bfloat16", "epochs": 2}),
+    (["--recompute", "--dtype", "stored"], {"recompute": True, "dtype": "stored"}),
 ])
 def test_every_flag_reaches_the_run(tmp_path, capsys, flags, wanted):
     assert main([*QUICK, *flags, "--max-steps", "1", "--eval-sequences", "5", "--out",
@@ -94,6 +102,47 @@ def test_a_checkpoint_folder_serves_as_model_and_movielens_as_data(tmp_path, cap
     assert "192,483 sequences" in text and "all 20 items ranked" in text
 
 
+def test_an_adapter_is_evaluated_on_the_base_it_was_tuned_on_only(tmp_path, capsys):
+    assert main([*QUICK, "--max-steps", "1", "--eval-sequences", "5", "--out", str(tmp_path)]) == 0
+    run, base = tmp_path / "synthetic-rope-1", next(tmp_path.glob("tiny-*"))
+    moved = base.rename(tmp_path / "moved")
+    assert main(["--eval-only", str(run)]) == 2
+    assert f"{base}/config.json: not found" in capsys.readouterr().err
+    assert main(["--eval-only", str(run), "--model", str(moved), "--dtype", "bfloat16"]) == 0
+    weights = load_file(moved / "model.safetensors")
+    weights["model.norm.weight"] += 0.01
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    assert main(["--eval-only", str(run), "--model", str(moved)]) == 2
+    error = capsys.readouterr().err
+    tuned = json.loads((run / "temporal.json").read_text())["base"]
+    assert f"tuned with base {tuned}" in error and "this model has base" in error
+    save_file(weights | {"model.norm.weight": weights["model.norm.weight"] - 0.01},
+              moved / "model.safetensors", metadata={"format": "pt"})
+    record = json.loads((run / "run.json").read_text())
+    record["options"]["temporal"] = "sinpe"
+    (run / "run.json").write_text(json.dumps(record))
+    assert main(["--eval-only", str(run), "--model", str(moved)]) == 2
+    assert "temporal embedding rope" in capsys.readouterr().err
+
+
+def test_the_tiny_base_is_an_ordinary_checkpoint_for_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    assert main([*QUICK, "--max-steps", "1", "--eval-sequences", "5", "--out", str(tmp_path)]) == 0
+    base = next(tmp_path.glob("tiny-*"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer, prompt = Tokenizer.from_folder(base), build_prompt(["Dusty Canyon 4", "Ran"])[0]
+    ids = transformers.AutoTokenizer.from_pretrained(base)(prompt, return_tensors="pt").input_ids
+    tokens, model = ids[0].tolist(), load_llama(base)
+    assert tokens == tokenizer.bpe.encode(prompt).ids
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(ids)), theirs(ids).logits, rtol=2e-5,
+                                   atol=2e-5)
+        wanted = theirs.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1]:]
+    (beams,), _ = beam_search(TemporalLlama(model, "none"), [(tokens, [-1] * len(tokens))], beams=1,
+                              max_new_tokens=12, min_new_tokens=0, eos_ids=tokenizer.eos_ids)
+    assert beams[0] == wanted.tolist()
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--data", "movielens", "--data-dir", "nowhere"], "ml-1m.zip"),
     (["--data", "ml-100k", "--order-strength", "1"], "--order-strength goes with --data synthetic"),
@@ -113,7 +162,6 @@ def test_a_checkpoint_folder_serves_as_model_and_movielens_as_data(tmp_path, cap
 ])
 def test_each_user_error_is_one_line_and_status_2(tmp_path, capsys, flags, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch = cetrec.torch
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if available.get(flags[-1]):
         pytest.skip("this machine has one")

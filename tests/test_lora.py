@@ -8,7 +8,7 @@ import torch
 from conftest import small_config
 from safetensors.torch import load_file, save_file
 
-from llama import Llama
+from llama import Llama, save_llama
 from lora import ALL_LINEAR, LoraLinear, add_lora, load_lora, lora_parameters, merge_lora, save_lora
 
 TOKENS = torch.tensor([[5, 9, 2, 44, 17, 3]])
@@ -58,19 +58,34 @@ def test_dropout_acts_in_training_only(llama):
     assert not torch.equal(llama(TOKENS), llama(TOKENS))
 
 
-def test_merging_gives_the_same_output_and_plain_maps(llama):
-    add_lora(llama, targets=ALL_LINEAR)
+def test_rank_stabilised_scaling_by_hand(llama):
+    """α/√R: with R = 4 and α = 6 the factors count 3 instead of 3/2."""
+    for rslora, scale in ((False, 1.5), (True, 3.0)):
+        model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(3, 3, bias=False)})
+        x = torch.randn(3)
+        base = model["q_proj"](x)
+        add_lora(model, rank=4, alpha=6, dropout=0.0, targets=("q_proj",), rslora=rslora)
+        disturb(model)
+        m = model["q_proj"]
+        torch.testing.assert_close(m(x) - base, scale * (m.B @ (m.A @ x)))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merging_gives_the_same_logits_and_plain_maps(llama, rslora):
+    llama.fingerprint = "of the old base"
+    add_lora(llama, targets=ALL_LINEAR, rslora=rslora)
     disturb(llama)
-    before = llama(TOKENS)
+    before = llama.logits(llama(TOKENS))
     merge_lora(llama)
     assert not any(isinstance(m, LoraLinear) for m in llama.modules())
-    torch.testing.assert_close(llama(TOKENS), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(llama.logits(llama(TOKENS)), before, rtol=1e-5, atol=1e-5)
+    assert llama.fingerprint is None
 
 
 def test_a_saved_adapter_loads_back_exactly_with_its_settings(tmp_path, llama):
     twin = Llama(small_config()).eval()
     twin.load_state_dict(llama.state_dict())
-    add_lora(llama, rank=3, alpha=5.0, dropout=0.1, targets=("k_proj", "down_proj"))
+    add_lora(llama, rank=3, alpha=5.0, dropout=0.1, targets=("k_proj", "down_proj"), rslora=True)
     disturb(llama)
     save_lora(llama, tmp_path)
     load_lora(twin, tmp_path)
@@ -89,18 +104,43 @@ def test_files_have_the_names_peft_reads(tmp_path, llama):
     assert (config["peft_type"], config["r"], config["target_modules"]) == ("LORA", 8, ["q_proj"])
 
 
-def test_peft_computes_the_same_logits(tmp_path, llama):
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_computes_the_same_logits(tmp_path, llama, rslora):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    from llama import save_llama
     save_llama(llama, tmp_path / "base")
-    add_lora(llama, rank=3, alpha=5.0, targets=ALL_LINEAR)
+    add_lora(llama, rank=3, alpha=5.0, targets=ALL_LINEAR, rslora=rslora)
     disturb(llama)
-    save_lora(llama, tmp_path / "adapter")
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    save_lora(llama, tmp_path / "adapter", str(tmp_path / "base"))
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter",
+                                                           dtype=torch.float32).eval()
+    assert isinstance(theirs.base_model.model, transformers.LlamaForCausalLM)
     with torch.no_grad():
-        torch.testing.assert_close(llama.logits(llama(TOKENS)), theirs(TOKENS).logits, rtol=1e-4,
-                                   atol=1e-4)
+        torch.testing.assert_close(llama.logits(llama(TOKENS)), theirs(TOKENS).logits, rtol=2e-5,
+                                   atol=2e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear", "use_rslora": True},
+    {"target_modules": ["down_proj"], "init_lora_weights": "gaussian"}])
+def test_an_adapter_that_peft_writes_computes_the_same_logits_here(tmp_path, llama, settings):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    save_llama(llama, tmp_path / "base")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(
+        r=3, lora_alpha=7, lora_dropout=0.25, task_type="CAUSAL_LM", **settings)).eval()
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            p.data += 0.1 * torch.randn_like(p)
+    theirs.save_pretrained(tmp_path / "adapter")
+    plain = llama.logits(llama(TOKENS))
+    load_lora(llama, tmp_path / "adapter")
+    config = next(m.config for m in llama.modules() if isinstance(m, LoraLinear))
+    assert (config.rank, config.alpha, config.dropout) == (3, 7, 0.25)
+    assert config.rslora == settings.get("use_rslora", False)
+    with torch.no_grad():
+        torch.testing.assert_close(llama.logits(llama(TOKENS)), theirs(TOKENS).logits, rtol=2e-5,
+                                   atol=2e-5)
+    assert (llama.logits(llama(TOKENS)) - plain).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -122,17 +162,72 @@ def test_adding_twice_and_saving_nothing_are_refused(tmp_path, llama):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias is 'all'"), ({"peft_type": "IA3"},
-                                                                           "'IA3'"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"r": "eight"}, "rank is 'eight'"),
+    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias is 'all'"),
+    ({"peft_type": "IA3"}, "'IA3'"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"r": "eight"}, "rank is 'eight'"), ({"lora_alpha": "big"}, "alpha is 'big'"),
+    ({"lora_dropout": None}, "dropout is None"), ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
+    ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"), ({"alpha_pattern": {"q": 4}}, "alpha_pa"),
+    ({"layers_to_transform": [0]}, "layers_to_transform"), ({"fan_in_fan_out": True}, "fan_in"),
+    ({"lora_bias": True}, "lora_bias"), ({"a_feature_of_2030": {"x": 1}}, "a_feature_of_2030"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
+    ({"target_modules": ".*_proj"}, "target_modules is '.*_proj'"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "targets lm_head"),
+    ({"target_modules": [["q"]]}, "targets "), ({"target_modules": []}, "targets empty"),
 ])
 def test_adapters_with_features_left_out_are_refused_by_name(tmp_path, llama, change, message):
     add_lora(llama)
     save_lora(llama, tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=f"adapter_config.json: .*{message}"):
+        load_lora(Llama(small_config()), tmp_path)
+
+
+def test_targets_may_be_full_names_as_peft_writes_for_all_linear(tmp_path, llama):
+    add_lora(llama, targets=("q_proj",))
+    disturb(llama)
+    save_lora(llama, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    settings["target_modules"] = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
+    path.write_text(json.dumps(settings))
+    twin = Llama(small_config()).eval()
+    twin.load_state_dict({name: p for name, p in llama.state_dict().items()
+                          if not name.endswith((".A", ".B"))})
+    load_lora(twin, tmp_path)
+    assert torch.equal(twin(TOKENS), llama(TOKENS))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")        # of one layer only
+    save_file({name: t for name, t in tensors.items() if "layers.0" in name},
+              tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="2 tensors missing"):
+        load_lora(Llama(small_config()), tmp_path)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("[]", "adapter_config.json: "), ("{", "adapter_config.json: "),
+    ('{"peft_type": "LORA"}', "'target_modules' is missing")])
+def test_a_damaged_adapter_config_is_one_clear_error(tmp_path, llama, text, message):
+    add_lora(llama)
+    save_lora(llama, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_lora(Llama(small_config()), tmp_path)
+
+
+def test_damaged_factors_are_refused_and_leave_the_model_alone(tmp_path, llama):
+    twin = Llama(small_config()).eval()
+    before, twin.fingerprint = twin(TOKENS), "kept"
+    add_lora(llama)
+    lora_parameters(llama)[3].data[0, 0] = float("nan")
+    save_lora(llama, tmp_path)
+    with pytest.raises(ValueError, match="v_proj.lora_B.weight holds values that are not finite"):
+        load_lora(twin, tmp_path)
+    assert torch.equal(twin(TOKENS), before) and not lora_parameters(twin)
+    assert twin.fingerprint == "kept"
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="adapter_model.safetensors: damaged or truncated"):
+        load_lora(twin, tmp_path)
 
 
 def test_an_adapter_of_another_base_is_refused_and_leaves_the_model_alone(tmp_path, llama):
