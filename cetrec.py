@@ -21,6 +21,7 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,9 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (FORMATS, IGNORE, NO_ITEM, TABLE_2, Batch, Sequences, SyntheticWorld, Tokenizer,
-                  build_prompt, check_context, collate, encode_example, encode_examples,
-                  load_interactions, make_sequences, show_prompt, split_by_time)
+from data import (IGNORE, NO_ITEM, Batch, DataOptions, Sequences, Tokenizer, check_context, collate,
+                  data_flags, data_options, encode_example, encode_examples, load_data, make_splits,
+                  show_prompt, tiny_tokenizer)
 from evaluate import evaluate_order, format_result
 from llama import KVCache, Llama, LlamaConfig, find_checkpoint, load_llama, save_llama
 from lora import ALL_LINEAR, LoraConfig, add_lora, load_lora, lora_parameters, save_lora
@@ -65,7 +66,10 @@ def _angles(pos: Tensor, dim: int, base: float) -> Tensor:
 
 
 def erase_order(item_pos: Tensor) -> Tensor:
-    """Put every item token at position 0 (D1); others stay NO_ITEM.  §4.3.  (B, T) -> (B, T)"""
+    """Put every item token at position 0 (D1); others stay NO_ITEM.  §4.3.  (B, T) -> (B, T)
+
+    Positions are steps back or, by the clock, real numbers of at least 0.
+    """
     return item_pos.clamp(max=0)
 
 
@@ -82,11 +86,12 @@ class TemporalLlama(nn.Module):
     """
 
     def __init__(self, llama: Llama, kind: str = "rope", scale: float = 1.0,
-                 tokenizer: Tokenizer | None = None):
+                 tokenizer: Tokenizer | None = None, index: str = "order"):
         super().__init__()
         if kind not in TEMPORAL:
             raise ValueError(f"temporal embedding {kind!r}; wanted one of {', '.join(TEMPORAL)}")
-        self.llama, self.kind, self.scale, self.tokenizer = llama, kind, scale, tokenizer
+        self.llama, self.kind, self.scale = llama, kind, scale
+        self.tokenizer, self.index = tokenizer, index
 
     def forward(self, tokens: Tensor, item_pos: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm.  (B, T), (B, T) -> (B, T, C)"""
@@ -108,7 +113,7 @@ class TemporalLlama(nn.Module):
     def fingerprint(self) -> dict:
         """What LoRA factors tuned in this model go with: temporal embedding and base."""
         scale = self.scale if self.kind == "sinpe" else 1.0
-        return {"temporal": self.kind, "scale": scale, "index": "order",
+        return {"temporal": self.kind, "scale": scale, "index": self.index,
                 "base": self.llama.fingerprint}
 
 
@@ -216,21 +221,29 @@ def batches(tokenizer: Tokenizer, sequences: Sequences, batch_size: int, rng: np
     """One epoch of batches in random order, tokenised as they are needed.
 
     32 batches are drawn together and sorted by length, so that rows of a batch are alike and little
-    is padding; the order of the batches is random again.
+    is padding; the order of the batches is random again. While they are worked on, a thread
+    prepares the next 32.
     """
     order = rng.permutation(len(sequences))
-    for start in range(0, len(order), 32 * batch_size):
+
+    def prepare(start: int) -> list[Batch]:
         drawn = order[start:start + 32 * batch_size]
         histories = [sequences.history(i) for i in drawn]
         if shuffle_histories:
             histories = [rng.permutation(history) for history in histories]
         answers = sequences.words(sequences.items[sequences.targets[drawn]])
         examples = encode_examples(tokenizer, [sequences.words(history) for history in histories],
-                                   answers, sequences.domain)
+                                   answers, sequences.domain, [sequences.ages(i) for i in drawn])
         examples.sort(key=lambda example: len(example.tokens))
         groups = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
-        for g in rng.permutation(len(groups)):
-            yield collate(groups[g], tokenizer.pad_id)
+        return [collate(groups[g], tokenizer.pad_id) for g in rng.permutation(len(groups))]
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(prepare, 0)
+        for start in range(0, len(order), 32 * batch_size):
+            ready = waiting.result()
+            waiting = thread.submit(prepare, start + 32 * batch_size)
+            yield from ready
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
@@ -360,30 +373,6 @@ TINY_BASES = {      # data sets that are not named here take TinyBase()
                           weight_decay=0.1, epochs=6)}
 
 
-def tiny_tokenizer(titles: list[str], counts: np.ndarray, domain: str, size: int) -> Tokenizer:
-    """Byte-level BPE on the prompt and on titles as often as training saw them.
-
-    Words may merge across spaces, never across quotes: a popular title becomes one or two tokens,
-    and `", "` stands alone, so that prompts are short and answers begin at a token of their own.
-    A sequel's number at the end of a title stands alone too, so that parts share their name.
-    """
-    pre, level = tokenizers.pre_tokenizers, tokenizers.pre_tokenizers.ByteLevel
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = pre.Sequence([
-        pre.Split(tokenizers.Regex(r'", "|"| \d+(?="|$)|(?:(?! \d+(?:"|$))[^"])+'), "isolated"),
-        level(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    prompt, often = build_prompt(titles[:2], domain)[0], int(counts.max()) + 1
-    corpus = [prompt] * often + [       # the prompt's own words come first
-        f'"{title}"' for title, count in zip(titles, counts) for _ in range(int(count) + 1)]
-    bpe.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
-        initial_alphabet=sorted(level.alphabet()), show_progress=False))
-    bpe.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
-    return Tokenizer(bpe, eos_ids=(1,), bos_id=0, pad_id=1)
-
-
 def title_labels(batch: Batch) -> Batch:
     """Supervise every title token of the history too: ten times the signal of the answer alone."""
     labels, in_title = batch.labels.clone(), batch.item_pos[:, 1:] != NO_ITEM
@@ -456,7 +445,7 @@ def write_json(path: Path, value) -> None:
 # ----------------------------------------------------------------------------------------------
 # Command line
 
-# The paper gives AdamW and 1e-4; the rest is BIGRec's and CFT's (D5, D9).
+# The paper gives AdamW and 1e-4; the rest is BIGRec's and CFT's (D5, D10).
 PUBLISHED = {"lr": 1e-4, "batch_size": 64, "epochs": 3, "warmup": 20, "lora_rank": 8,
              "lora_alpha": 16.0, "lora_dropout": 0.05, "lora_targets": ("q_proj", "v_proj"),
              "length_penalty": 1.0}
@@ -473,13 +462,10 @@ def preset(model: str, data: str) -> dict:
     return TINY_SYNTHETIC if data == "synthetic" else TINY
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(DataOptions):
     """Everything a run depends on, as given or by default; written to run.json."""
 
-    data: str
-    data_dir: str
-    order_strength: float
     model: str
     temporal: str
     lambda_ct: float
@@ -493,20 +479,19 @@ class Options:
     epochs: int
     warmup: int
     max_steps: int
-    limit_train: int
     recompute: bool
     beams: int
     length_penalty: float
     eval_sequences: int
     exclude_history: bool
-    seed: int
     device: str
     dtype: str
 
     def __post_init__(self):
+        super().__post_init__()
         for name, low in (("lambda_ct", 0), ("sinpe_scale", 0), ("lr", 0), ("batch_size", 1),
-                          ("epochs", 1), ("warmup", 0), ("max_steps", 0), ("limit_train", 0),
-                          ("beams", 1), ("length_penalty", 0), ("eval_sequences", 0), ("seed", 0)):
+                          ("epochs", 1), ("warmup", 0), ("max_steps", 0), ("beams", 1),
+                          ("length_penalty", 0), ("eval_sequences", 0)):
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; wanted a "
                                  f"finite number of at least {low}")
@@ -531,14 +516,7 @@ def parser() -> argparse.ArgumentParser:
         group.add_argument(name, help=f"{text} (default: {default})", **rest)
 
     group = ap.add_argument_group("data")
-    flag("--data", "synthetic needs no download; movielens is MovieLens-1M", "synthetic",
-         choices=["synthetic", *FORMATS])
-    flag("--data-dir", "folder that holds ml-1m/, ml-100k/ or ml-latest-small/ as unpacked, files "
-         "plain or gzipped", "data", metavar="DIR")
-    flag("--order-strength", "synthetic only: how much order decides the next item, from 0, a set "
-         "of items, to 1, the newest first of all", "1", type=float, metavar="S")
-    flag("--limit-train", "use the N latest training sequences only; 0 = all", "0", type=int,
-         metavar="N")
+    data_flags(flag)
 
     group = ap.add_argument_group("model")
     flag("--model", "tiny: a small Llama trained here on shuffled histories; or a folder with "
@@ -573,7 +551,7 @@ def parser() -> argparse.ArgumentParser:
          metavar="N")
     flag("--beams", "beams of generation, §5.1.4", "5", type=int, metavar="W")
     flag("--length-penalty", "a beam's score is its summed log-probability over its number of "
-         "tokens to this power: 1 as in CFT favours long titles, 0 does not (D9)", type=float,
+         "tokens to this power: 1 as in CFT favours long titles, 0 does not (D10)", type=float,
          metavar="P")
     flag("--exclude-history", "leave items of the history out of the ranking, §5.1.2", "yes",
          action=argparse.BooleanOptionalAction)
@@ -582,7 +560,6 @@ def parser() -> argparse.ArgumentParser:
          "moved", "tune first", metavar="RUN")
 
     group = ap.add_argument_group("run")
-    flag("--seed", "of world, base, tuning and samples", "0", type=int)
     flag("--device", "auto takes cuda, then mps, then cpu", "auto",
          choices=["auto", "cpu", "cuda", "mps"])
     flag("--dtype", "of the frozen weights; factors, logits and losses are float32. auto: on cuda "
@@ -594,13 +571,9 @@ def parser() -> argparse.ArgumentParser:
 
 def fill_in(given: dict) -> Options:
     """Options from the flags given and the preset of the base. Raises on contradictions."""
-    data = given.get("data", "synthetic")
+    data = data_options(given)
     if "sinpe_scale" in given and given.get("temporal") != "sinpe":
         raise ValueError("--sinpe-scale goes with --temporal sinpe only; drop one or add the other")
-    if "order_strength" in given and data != "synthetic":
-        raise ValueError(f"--order-strength goes with --data synthetic, not {data}; drop it")
-    if "data_dir" in given and data == "synthetic":
-        raise ValueError("--data-dir goes with a downloaded data set; add --data ml-100k or so")
     if "lora_targets" in given:
         names = given["lora_targets"]
         given["lora_targets"] = ALL_LINEAR if names == "all-linear" else tuple(names.split(","))
@@ -608,11 +581,10 @@ def fill_in(given: dict) -> Options:
         if given.get("lambda_ct"):
             print("--temporal none leaves one world only: λ is 0 in this run (w.o. Both = BIGRec)")
         given["lambda_ct"] = 0.0
-    defaults = {"data": "synthetic", "data_dir": "data", "order_strength": 1.0, "model": "tiny",
-                "temporal": "rope", "lambda_ct": 0.1, "sinpe_scale": 1.0, "max_steps": 0,
-                "limit_train": 0, "recompute": False, "beams": 5, "eval_sequences": 1_000,
-                "exclude_history": True, "seed": 0, "device": "auto", "dtype": "auto"}
-    return Options(**(defaults | preset(given.get("model", "tiny"), data) | given))
+    defaults = {"model": "tiny", "temporal": "rope", "lambda_ct": 0.1, "sinpe_scale": 1.0,
+                "max_steps": 0, "recompute": False, "beams": 5, "eval_sequences": 1_000,
+                "exclude_history": True, "device": "auto", "dtype": "auto"}
+    return Options(**(data | defaults | preset(given.get("model", "tiny"), data["data"]) | given))
 
 
 def read_run(run_folder: Path, given: dict) -> tuple[Options, Path]:
@@ -675,29 +647,6 @@ def new_folder(out: Path, name: str) -> Path:
     return folder
 
 
-def load_splits(options: Options) -> tuple[tuple[Sequences, ...], SyntheticWorld | None, dict]:
-    """Interactions -> sequences -> splits. Prints the counts beside Table 2 and returns them."""
-    world = None
-    if options.data == "synthetic":
-        world = SyntheticWorld(strength=options.order_strength, seed=options.seed)
-        interactions = world.interactions(seed=options.seed)
-    else:
-        interactions = load_interactions(options.data, options.data_dir)
-    sequences = make_sequences(interactions)
-    train_set, valid_set, test_set = split_by_time(sequences)
-    if options.limit_train:
-        train_set = train_set.select(slice(-options.limit_train, None))
-    counts = {"interactions": len(interactions.users), "users": len(np.unique(interactions.users)),
-              "items": len(interactions.titles), "sequences": len(sequences),
-              "train": len(train_set), "valid": len(valid_set), "test": len(test_set)}
-    print(f"data {options.data} | " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
-    paper = TABLE_2.get(options.data, {})
-    print("paper's Table 2 | " + (", ".join(f"{n:,} {what}" for what, n in paper.items())
-                                  or f"has no {options.data}"))
-    record = {"counts": counts, "checksums": interactions.checksums}
-    return (train_set, valid_set, test_set), world, record
-
-
 def run(options: Options, out: Path, evaluate_run: Path | None = None,
         base: Path | None = None) -> None:
     """One run from data to table; with evaluate_run, of the adapter there on the given base."""
@@ -707,7 +656,8 @@ def run(options: Options, out: Path, evaluate_run: Path | None = None,
     print(f"device {device}{threads} | frozen weights "
           f"{'as stored' if dtype is None else str(dtype).removeprefix('torch.')} | "
           f"torch {torch.__version__}")
-    (train_set, valid_set, test_set), world, record = load_splits(options)
+    interactions, world = load_data(options)
+    (train_set, valid_set, test_set), record = make_splits(interactions, options)
 
     # base and adapter
     if base:
@@ -727,7 +677,7 @@ def run(options: Options, out: Path, evaluate_run: Path | None = None,
     bos = f"begin with BOS {first}" if first == tokenizer.bos_id else "have no BOS"
     print(f"base {source} | fingerprint {llama.fingerprint} | {config.vocab_size:,} tokens, "
           f"prompts {bos} | read in {time.perf_counter() - started:.1f} s")
-    model = TemporalLlama(llama, options.temporal, options.sinpe_scale, tokenizer)
+    model = TemporalLlama(llama, options.temporal, options.sinpe_scale, tokenizer, options.index)
     torch.manual_seed(options.seed)
     if evaluate_run:
         load_adapter(model, evaluate_run)
@@ -739,7 +689,8 @@ def run(options: Options, out: Path, evaluate_run: Path | None = None,
     print(f"parameters | {trainable:,} trainable of {total:,} ({100 * trainable / total:.1f} %) | "
           f"temporal {options.temporal} | λ = {options.lambda_ct:g}")
     example = encode_example(tokenizer, train_set.words(train_set.history(0)),
-                             train_set.titles[train_set.target(0)], train_set.domain)
+                             train_set.titles[train_set.target(0)], train_set.domain,
+                             train_set.ages(0))
     print(f"a training prompt, each item ⟨marked⟩ with its index k\n{'-' * 80}\n"
           f"{show_prompt(tokenizer, example)}\n{'-' * 80}")
 

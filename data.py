@@ -1,24 +1,22 @@
-"""Raw files -> chronological sequences -> splits -> prompts with item spans -> batches (§3.1,
+"""Interactions -> chronological sequences -> splits -> prompts with item spans -> batches (§3.1,
 §5.1.1).
 
+    python data.py --data ml-100k       what a data set holds, and one prompt with its item spans
+
 Also the synthetic world: a generator in the spirit of the paper's Figure 1 whose best possible
-recommendation is known. Imports nothing of ours. Downloads and the paper's filters are left out.
+recommendation is known. Raw files, downloads and the paper's filters are in datasets.py.
 
 Shapes: B batch, T tokens, N items of the catalogue, n history length, M sampled orders.
 """
 
-import csv
-import gzip
-import hashlib
-import io
+import argparse
 import itertools
 import json
 import math
-import re
-import zlib
-from array import array
-from collections import Counter
-from dataclasses import dataclass, field, replace
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -26,149 +24,11 @@ import tokenizers
 import torch
 from torch import Tensor
 
+from datasets import (FORMATS, SAMPLE, TABLE_2, Interactions, check_preparation, load_interactions,
+                      prepare)
+
 NO_ITEM = -1        # item_pos of tokens outside items: "null" in Eq. 6
 IGNORE = -100       # label of positions that are not supervised
-
-# ----------------------------------------------------------------------------------------------
-# Raw interactions
-
-
-@dataclass(frozen=True)
-class Interactions:
-    """Every raw row: who took which item when. Row order is the file's order."""
-
-    users: np.ndarray           # (rows,) int64, the file's own numbers
-    items: np.ndarray           # (rows,) int64, index into titles
-    timestamps: np.ndarray      # (rows,) int64, seconds
-    titles: list[str]           # unique, in the order of the item file
-    domain: str = "movies"      # a key of DOMAINS: the words of the prompt
-    checksums: dict[str, str] = field(default_factory=dict)     # file name -> sha256
-
-
-@dataclass(frozen=True)
-class Format:
-    """How one data set lies on disk. separator "csv" means quoted CSV with a header line."""
-
-    folder: str
-    ratings: str
-    titles: str
-    separators: tuple[str, str]     # of the two files
-    columns: tuple[int, int]        # fields a line, of the two files
-    encoding: str
-    address: str
-
-
-FORMATS = {
-    "movielens": Format("ml-1m", "ratings.dat", "movies.dat", ("::", "::"), (4, 3), "latin-1",
-                        "https://files.grouplens.org/datasets/movielens/ml-1m.zip"),
-    "ml-100k": Format("ml-100k", "u.data", "u.item", ("\t", "|"), (4, 24), "latin-1",
-                      "https://files.grouplens.org/datasets/movielens/ml-100k.zip"),
-    "ml-latest-small": Format(
-        "ml-latest-small", "ratings.csv", "movies.csv", ("csv", "csv"), (4, 3), "utf-8",
-        "https://files.grouplens.org/datasets/movielens/ml-latest-small.zip"),
-}
-FORMATS["ml-1m"] = FORMATS["movielens"]
-
-TABLE_2 = {"movielens": {"sequences": 192_483, "items": 3_952, "interactions": 999_611}}
-TABLE_2["ml-1m"] = TABLE_2["movielens"]
-
-
-def _rows(path: Path, separator: str, columns: int, encoding: str, checksums: dict):
-    """Yield (line number, fields) of a text file, plain or gzipped."""
-    packed = path.with_name(path.name + ".gz")
-    try:
-        if not path.exists():
-            path = packed
-        raw = path.read_bytes()
-        if path == packed:
-            raw = gzip.decompress(raw)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error}). Fetch it again") from None
-    checksums[path.name] = hashlib.sha256(raw).hexdigest()
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: byte {raw[error.start]:#x} is not {encoding} text. "
-                         f"Convert the file to {encoding}") from None
-    if separator == "csv":
-        reader = csv.reader(io.StringIO(text, newline=""))
-        next(reader, None)
-        rows = ((reader.line_num, fields) for fields in reader)
-    else:
-        lines = text.split("\n")
-        if lines[-1] == "":
-            lines.pop()
-        rows = enumerate((line.rstrip("\r").split(separator) for line in lines), start=1)
-    empty = True
-    for number, fields in rows:
-        empty = False
-        if len(fields) != columns:
-            raise ValueError(f"{path}, line {number}: {len(fields)} fields, expected {columns} "
-                             f"separated by {',' if separator == 'csv' else separator!r}. "
-                             "Repair or remove the line")
-        yield number, fields
-    if empty:
-        raise ValueError(f"{path}: holds no rows. Fetch it again")
-
-
-def load_interactions(name: str, data_dir: str | Path) -> Interactions:
-    """Read a data set from data_dir/<its folder>; ratings themselves are not used, as in the paper.
-
-    Raises FileNotFoundError (where it looked, what to download) or ValueError (file and line).
-    """
-    if name not in FORMATS:
-        raise ValueError(f"unknown data set {name!r}; known: synthetic, {', '.join(FORMATS)}")
-    form = FORMATS[name]
-    folder = Path(data_dir) / form.folder
-    for file in (form.ratings, form.titles):
-        if not (folder / file).is_file() and not (folder / f"{file}.gz").is_file():
-            raise FileNotFoundError(
-                f"{folder / file}: not found (nor {file}.gz). Download {form.address}, unpack it "
-                f"in {data_dir}, or pass --data-dir; --data synthetic needs nothing")
-    checksums: dict[str, str] = {}
-    row, path = (0, []), folder / form.titles       # where reading stands, for error messages
-    try:
-        index, titles = {}, []
-        for row in _rows(path, form.separators[1], form.columns[1], form.encoding, checksums):
-            item, title = int(row[1][0]), row[1][1].strip()
-            if not title or "\n" in title:
-                raise ValueError(f"title {row[1][1]!r} is empty or has a line break")
-            if item in index:
-                raise ValueError(f"item {item} is listed twice")
-            index[item] = len(titles)
-            titles.append(title)
-        row, path = (0, []), folder / form.ratings
-        users, items, timestamps = array("q"), array("q"), array("q")
-        for row in _rows(path, form.separators[0], form.columns[0], form.encoding, checksums):
-            user, item, _, timestamp = row[1]
-            users.append(int(user))
-            items.append(index[int(item)])
-            timestamps.append(int(timestamp))
-    except KeyError as error:
-        raise ValueError(f"{path}, line {row[0]}: unknown item {error}, not in {form.titles}. "
-                         "Repair or remove the line") from None
-    except (ValueError, OverflowError, csv.Error) as error:
-        if str(error).startswith(str(folder)):
-            raise
-        what = re.sub(r"invalid literal.*: ", "expected an integer, got ", str(error))
-        raise ValueError(f"{path}, line {row[0]}: {what}. Repair or remove the line") from None
-    columns = (np.asarray(column, dtype=np.int64) for column in (users, items, timestamps))
-    return Interactions(*columns, unique_titles(titles), checksums=checksums)
-
-
-def unique_titles(titles: list[str]) -> list[str]:
-    """Give the second, third ... item of one title the suffix " [2]", " [3]" ..."""
-    taken, seen, unique = set(titles), Counter(), []
-    for title in titles:
-        seen[title] += 1
-        new, count = title, seen[title]
-        while count > 1 and (new == title or new in taken):
-            new, count = f"{title} [{count}]", count + 1
-        taken.add(new)
-        unique.append(new)
-    return unique
-
 
 # ----------------------------------------------------------------------------------------------
 # Sequences and splits
@@ -182,18 +42,32 @@ class Sequences:
     """
 
     items: np.ndarray           # (rows,) sorted by user, timestamp, file order
+    times: np.ndarray           # (rows,) seconds, or places where dated is False
     starts: np.ndarray          # (len,) first history row
     targets: np.ndarray         # (len,) row of the answer
-    timestamps: np.ndarray      # (len,) of the answer
     titles: list[str]           # (N,) of all items
     domain: str
+    dated: bool = True
+    index: str = "order"        # what k of Eq. 6 is: steps back, or "time": the item's age
 
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def timestamps(self) -> np.ndarray:
+        """Of the answers.  -> (len,)"""
+        return self.times[self.targets]
+
     def history(self, i: int) -> np.ndarray:
         """Item ids, oldest first."""
         return self.items[self.starts[i]:self.targets[i]]
+
+    def ages(self, i: int) -> np.ndarray | None:
+        """k of each history item by the clock, log2(1 + days before the answer); None by order."""
+        if self.index == "order":
+            return None
+        days = (self.times[self.targets[i]] - self.times[self.starts[i]:self.targets[i]]) / 86_400
+        return np.log2(1 + days)
 
     def target(self, i: int) -> int:
         """Item id of the answer."""
@@ -205,24 +79,26 @@ class Sequences:
 
     def select(self, indices) -> "Sequences":
         """The given sequences, in that order."""
-        return replace(self, starts=self.starts[indices], targets=self.targets[indices],
-                       timestamps=self.timestamps[indices])
+        return replace(self, starts=self.starts[indices], targets=self.targets[indices])
 
 
-def make_sequences(interactions: Interactions, min_history: int = 3,
-                   max_history: int = 10) -> Sequences:
+def make_sequences(interactions: Interactions, min_history: int = 3, max_history: int = 10,
+                   index: str = "order") -> Sequences:
     """One sequence per interaction that has at least min_history before it (§5.1.1).
 
-    Users are sorted by (timestamp, file order); the history is the last max_history items.
+    Users are sorted by (timestamp, file order); the history is the last max_history items. Raises
+    ValueError for index "time" where the data have no times.
     """
+    if index == "time" and not interactions.dated:
+        raise ValueError("index 'time' wants data with times; these only say which came first")
     order = np.lexsort((interactions.timestamps, interactions.users))   # ties keep file order
     users = interactions.users[order]
     rows = np.arange(len(users))
     first = np.searchsorted(users, users)                   # first row of the row's user
     targets = rows[rows - first >= min_history]
-    return Sequences(interactions.items[order], np.maximum(first[targets], targets - max_history),
-                     targets, interactions.timestamps[order][targets], interactions.titles,
-                     interactions.domain)
+    return Sequences(interactions.items[order], interactions.timestamps[order],
+                     np.maximum(first[targets], targets - max_history), targets,
+                     interactions.titles, interactions.domain, interactions.dated, index)
 
 
 def split_by_time(sequences: Sequences, ratios=(8, 1, 1)) -> tuple[Sequences, Sequences, Sequences]:
@@ -261,6 +137,7 @@ DOMAINS = {     # words of Table 1 and of BIGRec; the music words are ours, no s
     "movies": {"things": "movies", "thing": "movie", "verb": "watched"},
     "games": {"things": "video games", "thing": "video game", "verb": "played"},
     "artists": {"things": "music artists", "thing": "music artist", "verb": "listened to"},
+    "items": {"things": "items", "thing": "item", "verb": "chosen"},
 }
 
 
@@ -346,18 +223,45 @@ class Tokenizer:
         return self.bpe.decode(tokens, skip_special_tokens=True)
 
 
+def tiny_tokenizer(titles: list[str], counts: np.ndarray, domain: str, size: int) -> Tokenizer:
+    """Of the embedded base: byte-level BPE on the prompt and on titles as often as training saw.
+
+    Words may merge across spaces, never across quotes: a popular title becomes one or two tokens,
+    and `", "` stands alone, so that prompts are short and answers begin at a token of their own.
+    A sequel's number at the end of a title stands alone too, so that parts share their name.
+    """
+    pre, level = tokenizers.pre_tokenizers, tokenizers.pre_tokenizers.ByteLevel
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = pre.Sequence([
+        pre.Split(tokenizers.Regex(r'", "|"| \d+(?="|$)|(?:(?! \d+(?:"|$))[^"])+'), "isolated"),
+        level(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    prompt, often = build_prompt(titles[:2], domain)[0], int(counts.max()) + 1
+    corpus = [prompt] * often + [       # the prompt's own words come first
+        f'"{title}"' for title, count in zip(titles, counts) for _ in range(int(count) + 1)]
+    bpe.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        initial_alphabet=sorted(level.alphabet()), show_progress=False))
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    return Tokenizer(bpe, eos_ids=(1,), bos_id=0, pad_id=1)
+
+
 @dataclass(frozen=True)
 class Example:
     """One prompt, with its answer when there is one. Lists of equal length T."""
 
     tokens: list[int]       # BOS (if the tokenizer adds one), prompt, answer, EOS
-    item_pos: list[int]     # steps back from the newest item, k of Eq. 6; NO_ITEM outside items
+    item_pos: list[int] | list[float]   # k of Eq. 6, of the token's item; NO_ITEM outside items
     labels: list[int]       # the token itself where it is part of the answer, else IGNORE
 
 
-def encode_examples(tokenizer: Tokenizer, histories, targets,
-                    domain: str = "movies") -> list[Example]:
+def encode_examples(tokenizer: Tokenizer, histories, targets, domain: str = "movies",
+                    ages=None) -> list[Example]:
     """Tokenise many. histories: titles, oldest first; targets: a title each, None at inference.
+
+    k of an item is its number of steps back from the newest, or what `ages` gives (a list of k for
+    each history, or None for steps).
 
     Items and answer are found by the tokenizer's character offsets: a token belongs to an item if
     it overlaps its title, also when it straddles a quote. Token ids never decide: the same title
@@ -370,14 +274,16 @@ def encode_examples(tokenizer: Tokenizer, histories, targets,
         spans.append(np.array(places).reshape(-1, 2))
         texts.append(prompt if target is None else f'{prompt}"{target}"')
     examples = []
-    for encoding, span, start, target in zip(tokenizer.bpe.encode_batch(texts), spans, starts,
-                                             targets):
+    for encoding, span, start, target, age in zip(
+            tokenizer.bpe.encode_batch(texts), spans, starts, targets,
+            ages if ages is not None else itertools.repeat(None)):
         begin, end = np.array(encoding.offsets).T
         item = np.searchsorted(span[:, 1], begin, side="right")     # first title to end after it
         inside = item < len(span)
         inside[inside] = end[inside] > span[item[inside], 0]
         tokens = encoding.ids
-        item_pos = np.where(inside, len(span) - 1 - item, NO_ITEM).tolist()
+        k = np.arange(len(span), -1, -1) - 1 if age is None else np.append(age, NO_ITEM)
+        item_pos = np.where(inside, k[item], NO_ITEM).tolist()
         labels = np.where(end > start, tokens, IGNORE).tolist()
         if target is not None:
             eos = tokenizer.eos_ids[0]
@@ -387,9 +293,9 @@ def encode_examples(tokenizer: Tokenizer, histories, targets,
 
 
 def encode_example(tokenizer: Tokenizer, history_titles, target_title: str | None,
-                   domain: str = "movies") -> Example:
+                   domain: str = "movies", ages=None) -> Example:
     """One prompt and its answer as tokens, item positions and labels (§3.1, Eq. 6)."""
-    return encode_examples(tokenizer, [history_titles], [target_title], domain)[0]
+    return encode_examples(tokenizer, [history_titles], [target_title], domain, [ages])[0]
 
 
 @dataclass(frozen=True)
@@ -397,7 +303,7 @@ class Batch:
     """Right-padded rows: with causal attention no real position sees a pad."""
 
     tokens: Tensor          # (B, T)
-    item_pos: Tensor        # (B, T), NO_ITEM outside items and on pads
+    item_pos: Tensor        # (B, T) integer or float32, NO_ITEM outside items and on pads
     labels: Tensor          # (B, T), already shifted: the token that comes next, or IGNORE
     prefix: int             # leading columns equal in all rows, before any item or label
 
@@ -412,6 +318,8 @@ def collate(examples: list[Example], pad_id: int = 0) -> Batch:
     """Pad to the longest example, shift the labels, find the common prefix."""
     shape = len(examples), max(len(e.tokens) for e in examples)
     tokens, item_pos, labels = (np.full(shape, fill) for fill in (pad_id, NO_ITEM, IGNORE))
+    if any(isinstance(e.item_pos[0], float) for e in examples):
+        item_pos = item_pos.astype(np.float32)          # ages are real numbers
     for row, e in enumerate(examples):
         n = len(e.tokens)
         tokens[row, :n], item_pos[row, :n], labels[row, :n - 1] = e.tokens, e.item_pos, e.labels[1:]
@@ -429,9 +337,10 @@ def check_context(tokenizer: Tokenizer, sequences: Sequences, context: int) -> N
     answer = sequences.titles[sequences.target(i)]
     tokens = len(encode_example(tokenizer, history, answer, sequences.domain).tokens)
     if tokens > context:
-        raise ValueError(f"a history of {len(history)} items, {history[0]!r} to {history[-1]!r}, "
-                         f"makes {tokens} tokens with its answer, more than the base's context of "
-                         f"{context}. Use a base with a longer context")
+        raise ValueError(f"a history of {len(history)} items, {history[0][:60]!r} to "
+                         f"{history[-1][:60]!r}, makes {tokens} tokens with its answer, more than "
+                         f"the base's context of {context}. Use a base with a longer context, or "
+                         "shorten the titles")
 
 
 def show_prompt(tokenizer: Tokenizer, example: Example) -> str:
@@ -440,7 +349,7 @@ def show_prompt(tokenizer: Tokenizer, example: Example) -> str:
     for k, group in itertools.groupby(example.item_pos):
         last = first + len(list(group))
         piece = tokenizer.bpe.decode(example.tokens[first:last], skip_special_tokens=False)
-        text += piece if k == NO_ITEM else f"⟨{piece}⟩[k={k}, tokens {first}..{last - 1}]"
+        text += piece if k == NO_ITEM else f"⟨{piece}⟩[k={k:.3g}, tokens {first}..{last - 1}]"
         first = last
     return text
 
@@ -567,3 +476,193 @@ class SyntheticWorld:
         real = np.arange(11) < lengths[:, None]
         owner = np.broadcast_to(np.arange(users)[:, None], real.shape)
         return Interactions(owner[real], taken[real], times[real], list(self.titles))
+
+
+# ----------------------------------------------------------------------------------------------
+# From a data set's name to splits; what it holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which data and how prepared: the flags of the same names."""
+
+    data: str
+    data_dir: str
+    domain: str | None
+    sample: float
+    chronological: bool
+    index: str
+    skip_bad_lines: bool
+    order_strength: float
+    limit_train: int
+    seed: int
+
+    def __post_init__(self):
+        check_preparation(self.data, self.sample, self.chronological)
+        if self.index == "time" and self.data == "lastfm" and not self.chronological:
+            raise ValueError("--index time wants times, and lastfm as the field uses it has none; "
+                             "add --chronological")
+        for name in ("limit_train", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; wanted a "
+                                 "whole number of at least 0")
+
+
+def data_flags(flag: Callable) -> None:
+    """The flags of DataOptions; flag(name, text, default in words, **rest of add_argument)."""
+    flag("--data", "synthetic needs no download; movielens is MovieLens-1M; fetched if need be: "
+         f"{', '.join(FORMATS)}; or a folder with interactions.csv (user,item,timestamp) and "
+         "items.csv (item,title), or RecBole's NAME.inter and NAME.item", "synthetic",
+         metavar="NAME|FOLDER")
+    flag("--data-dir", "where the public data sets lie or are put, files plain or gzipped", "data",
+         metavar="DIR")
+    flag("--domain", "the prompt's words for an item", "movies, games or artists with the public "
+         "data sets, items with a folder", choices=list(DOMAINS))
+    flag("--sample", "share of the data: of the interactions, by drawing users; with steam of the "
+         "users and of the games", "0.1 with movielens, 1/3 with steam, as the paper's text has it "
+         "(D4); else 1", type=float, metavar="SHARE")
+    flag("--chronological", "lastfm only: by date of tagging; the order the field uses is by "
+         "artist number, not by time (D9)", "no", action=argparse.BooleanOptionalAction)
+    flag("--index", "k of an item in Eq. 6: order, its steps back from the newest (D1); or time, "
+         "log2(1 + days before the recommendation), a clock beyond the paper", "order",
+         choices=["order", "time"])
+    flag("--skip-bad-lines", "count and report malformed lines instead of stopping at the first",
+         "no", action=argparse.BooleanOptionalAction)
+    flag("--order-strength", "synthetic only: how much order decides the next item, from 0, a set "
+         "of items, to 1, the newest first of all", "1", type=float, metavar="S")
+    flag("--limit-train", "use the N latest training sequences only; 0 = all", "0", type=int,
+         metavar="N")
+    flag("--seed", "of world, samples, base and tuning", "0", type=int)
+
+
+def data_options(given: dict) -> dict:
+    """Values of the flags above, given or by default. Raises ValueError for contradictions."""
+    data = given.get("data", "synthetic")
+    for flag, wanted, here in (("order_strength", "--data synthetic", data == "synthetic"),
+                               ("data_dir", "a public data set", data in FORMATS),
+                               ("sample", "data that are not synthetic", data != "synthetic"),
+                               ("domain", "data that are not synthetic", data != "synthetic")):
+        if flag in given and not here:
+            raise ValueError(f"--{flag.replace('_', '-')} goes with {wanted}; with --data {data} "
+                             "drop it")
+    defaults = {"data": data, "data_dir": "data", "domain": None, "sample": SAMPLE.get(data, 1.0),
+                "chronological": False, "index": "order", "skip_bad_lines": False,
+                "order_strength": 1.0, "limit_train": 0, "seed": 0}
+    return {key: given.get(key, value) for key, value in defaults.items()}
+
+
+def load_data(options: DataOptions) -> tuple[Interactions, "SyntheticWorld | None"]:
+    """Interactions after the paper's preparation, each step printed; and the world if synthetic."""
+    if options.data == "synthetic":
+        world = SyntheticWorld(strength=options.order_strength, seed=options.seed)
+        return world.interactions(seed=options.seed), world
+    raw = load_interactions(options.data, options.data_dir, options.skip_bad_lines, options.domain)
+    print(f"raw | {_counted(raw.counts())}")
+    prepared = prepare(raw, options.data, options.sample, options.seed, options.chronological)
+    for step in prepared.steps:
+        print(f"step | {step}")
+    return prepared, None
+
+
+def make_splits(interactions: Interactions, options: DataOptions
+                ) -> tuple[tuple[Sequences, Sequences, Sequences], dict]:
+    """(train, valid, test) and a record of counts, steps and checksums; counts beside Table 2."""
+    sequences = make_sequences(interactions, index=options.index)
+    train_set, valid_set, test_set = split_by_time(sequences)
+    if options.limit_train:
+        train_set = train_set.select(slice(-options.limit_train, None))
+    counts = interactions.counts() | {
+        "items": len(interactions.titles), "sequences": len(sequences), "train": len(train_set),
+        "valid": len(valid_set), "test": len(test_set)}
+    print(f"data {options.data} | {_counted(counts)}")
+    paper = TABLE_2.get(options.data, {})
+    print(f"paper's Table 2 | {_counted(paper) or f'has no {options.data}'}")
+    record = {"counts": counts, "steps": interactions.steps, "checksums": interactions.checksums}
+    return (train_set, valid_set, test_set), record
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {what}" for what, n in counts.items())
+
+
+def histogram(values: np.ndarray) -> str:
+    """A text histogram over 1, 2-3, 4-7, 8-15 ...: how many of the values, and a bar."""
+    bins = np.bincount(np.log2(values).astype(int))
+    lines = []
+    for power, count in enumerate(bins):
+        low, high = 2**power, 2 ** (power + 1) - 1
+        name = f"{low:,}" if low == high else f"{low:,}-{high:,}"
+        lines.append(f"{name:>17} {count:>9,} {'#' * math.ceil(50 * count / bins.max())}")
+    return "\n".join(lines)
+
+
+def describe(interactions: Interactions, splits, tokenizer: Tokenizer) -> str:
+    """What a reader should know of a data set before trusting a number, as text."""
+    train_set, valid_set, test_set = splits
+    users, items = (np.unique(ids, return_counts=True)[1] for ids in (interactions.users,
+                                                                      interactions.items))
+
+    def day(time) -> str:
+        return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d}" if train_set.dated else str(time)
+    dates = [f"{name} {day(s.timestamps.min())} to {day(s.timestamps.max())}"
+             for name, s in zip(("train", "valid", "test"), splits)]
+    seen = np.zeros(len(train_set.titles), dtype=bool)
+    for i in range(len(train_set)):
+        seen[train_set.items[train_set.starts[i]:train_set.targets[i] + 1]] = True
+    unseen = 100 * (1 - seen[test_set.items[test_set.targets]].mean())
+    moments = np.unique(np.stack((interactions.users, interactions.timestamps)), axis=1).shape[1]
+    tied = 100 * (1 - moments / len(interactions.users))
+    drawn = np.random.default_rng(0).choice(len(train_set), min(1_000, len(train_set)), False)
+    examples = encode_examples(tokenizer, [train_set.words(train_set.history(i)) for i in drawn],
+                               [None] * len(drawn), train_set.domain)
+    lengths = np.array([len(e.tokens) for e in examples])
+    first = encode_example(tokenizer, train_set.words(train_set.history(0)),
+                           train_set.titles[train_set.target(0)], train_set.domain,
+                           train_set.ages(0))
+    return "\n".join([
+        "", "users by their number of interactions", histogram(users),
+        "", "items by their number of interactions", histogram(items),
+        "", f"answers | {' | '.join(dates)}",
+        f"ties | {tied:.1f} % of the rows have a time their user has had; there file order decides",
+        f"test answers never seen in training | {unseen:.1f} %",
+        f"tokens per prompt | median {np.median(lengths):.0f}, 95 % up to "
+        f"{np.quantile(lengths, 0.95):.0f}, longest {lengths.max()} of {len(drawn):,} drawn",
+        "", "a training prompt, each item ⟨marked⟩ with its index k", "-" * 80,
+        show_prompt(tokenizer, first), "-" * 80])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Show what a data set holds; every error a user can cause becomes one line and status 2."""
+    ap = argparse.ArgumentParser(prog="data.py", allow_abbrev=False,
+                                 description="Show what a data set holds, and one prompt.")
+
+    def flag(name: str, text: str, default: str, **rest) -> None:
+        ap.add_argument(name, help=f"{text} (default: {default})", **rest)
+    data_flags(flag)
+    flag("--tokenizer", "of a checkpoint folder", "the tiny base's, made on the spot",
+         metavar="FOLDER")
+    given = {name: value for name, value in vars(ap.parse_args(argv)).items() if value is not None}
+    try:
+        folder = given.pop("tokenizer", None)
+        options = DataOptions(**data_options(given))
+        interactions, _ = load_data(options)
+        splits, _ = make_splits(interactions, options)
+        train_set = splits[0]
+        if folder:
+            tokenizer = Tokenizer.from_folder(folder)
+        else:
+            counts = np.bincount(train_set.items[train_set.targets],
+                                 minlength=len(train_set.titles))
+            tokenizer = tiny_tokenizer(train_set.titles, counts, train_set.domain, 8192)
+        print(describe(interactions, splits, tokenizer))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; files already written are whole", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -38,9 +38,9 @@ def _pad(rows: Sequence[Sequence[int]], fill: int, device) -> Tensor:
 @torch.no_grad()
 def beam_search(model, prompts, beams: int = 5, max_new_tokens: int = 128, min_new_tokens: int = 4,
                 length_penalty: float = 1.0, eos_ids: Sequence[int] = ()) -> tuple[list, Tensor]:
-    """Beam search without sampling, with the semantics of transformers 4.43 (§5.1.4, D9).
+    """Beam search without sampling, with the semantics of transformers 4.43 (§5.1.4, D10).
 
-    prompts: [(tokens, item_pos), ...] lists of integers. Returns, per prompt, `beams` token lists,
+    prompts: [(tokens, item_pos), ...] lists of numbers. Returns, per prompt, `beams` token lists,
     best first, without the prompt but with EOS, and their scores (B, beams): summed log-probability
     over g^length_penalty, g counting the generated tokens with EOS. EOS is barred while fewer than
     min_new_tokens tokens exist; no renormalisation follows. Each prompt is run once; finished
@@ -161,7 +161,7 @@ def nearest(queries: Tensor, table: Tensor) -> Tensor:
 
 
 def ground(model, texts: Sequence[str], catalogue: Sequence[str]) -> Tensor:
-    """Rank the catalogue by distance to each text, both embedded by the model as it is (D10).
+    """Rank the catalogue by distance to each text, both embedded by the model as it is (D11).
 
     The model carries its tokenizer as model.tokenizer. -> (len(texts), N) item ids, nearest first
     """
@@ -189,10 +189,11 @@ def merge_lists(lists, exclude=(), length: int = 10) -> list[int]:
 def recommend(model, titles: Sequence[str], histories: Sequence[Sequence[int]],
               domain: str = "movies", beams: int = 5, exclude_history: bool = True,
               length_penalty: float = 1.0, min_new_tokens: int = 4, batch_size: int = 64,
-              length: int = 10, progress: str = "recommending") -> np.ndarray:
+              length: int = 10, progress: str = "recommending", ages=None) -> np.ndarray:
     """Ten items per history: beams, each grounded, merged (§5.1.4). -> (len(histories), length)
 
-    Histories are item ids, oldest first. Prompts of similar length share a batch. The model
+    Histories are item ids, oldest first; ages None for k by order, or k of each item by the clock,
+    a list for each history. Prompts of similar length share a batch. The model
     carries its tokenizer as model.tokenizer.
     """
     tokenizer = model.tokenizer
@@ -204,7 +205,8 @@ def recommend(model, titles: Sequence[str], histories: Sequence[Sequence[int]],
     with tqdm(total=len(order), desc=progress, unit="user", leave=False, disable=None) as bar:
         for chunk in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
             given = [[titles[j] for j in histories[i]] for i in chunk]
-            examples = encode_examples(tokenizer, given, [None] * len(chunk), domain)
+            examples = encode_examples(tokenizer, given, [None] * len(chunk), domain,
+                                       ages and [ages[i] for i in chunk])
             answers, _ = beam_search(model, [(e.tokens, e.item_pos) for e in examples], beams,
                                      max_new_tokens=min(128, longest + 8),
                                      min_new_tokens=min_new_tokens, length_penalty=length_penalty,
@@ -372,12 +374,13 @@ def evaluate_order(model, train_set: Sequences, test_set: Sequences, world=None,
     tokenizer, titles = model.tokenizer, test_set.titles
     histories = [test_set.history(i) for i in range(len(test_set))]
     targets = test_set.items[test_set.targets]
+    ages = [test_set.ages(i) for i in range(len(test_set))]     # of the slots, reversed or not
     answers = tokenizer.bpe.encode_batch([f'"{t}"' for t in titles], add_special_tokens=False)
-    shortest = min(4, min(len(a.ids) for a in answers))     # D11: CFT's 4 would bar shorter titles
+    shortest = min(4, min(len(a.ids) for a in answers))     # D12: CFT's 4 would bar shorter titles
     ranks = {}
     for name, given in (("original", histories), ("reversed", [h[::-1] for h in histories])):
         lists = recommend(model, titles, given, test_set.domain, beams, exclude_history,
-                          length_penalty, shortest, progress=f"{name} histories")
+                          length_penalty, shortest, progress=f"{name} histories", ages=ages)
         ranks[name] = list_ranks(lists, targets)
     rows = {f"{name} order": summarise(r) for name, r in ranks.items()}
     rows["change under reversal"] = relative_change(ranks["original"], ranks["reversed"])

@@ -489,7 +489,7 @@ def load_llama(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
         for path in (files := _weight_files(folder)):   # each must open before any is read
             safe_open(path, framework="pt")
         where = _headers(files, wanted, config.tie_word_embeddings)
-        for name, (path, stored) in sorted(where.items()):
+        for name, (path, stored) in where.items():
             found[name], digests[name] = _read(path, stored, device, dtype)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or truncated ({error}). Fetch it again") from None

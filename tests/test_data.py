@@ -1,6 +1,5 @@
-"""data.py: raw formats, windows, the split, prompts and spans, batches, the synthetic world."""
+"""data.py: windows, the split, prompts and spans, batches, the synthetic world, the report."""
 
-import gzip
 import itertools
 import json
 
@@ -12,92 +11,7 @@ from conftest import TITLES
 
 import data
 from data import (IGNORE, NO_ITEM, Interactions, SyntheticWorld, Tokenizer, build_prompt, collate,
-                  encode_example, load_interactions, make_sequences, show_prompt, split_by_time,
-                  unique_titles)
-
-
-def write_ml1m(root, ratings, movies="1::Heat (1995)::Action\n2::Amélie (2001)::Comedy\n",
-               pack=False):
-    folder = root / "ml-1m"
-    folder.mkdir(exist_ok=True)
-    (folder / "movies.dat").write_bytes(movies.encode("latin-1"))
-    if pack:
-        (folder / "ratings.dat.gz").write_bytes(gzip.compress(ratings.encode()))
-    else:
-        (folder / "ratings.dat").write_text(ratings)
-    return root
-
-
-@pytest.mark.parametrize("pack", [False, True])
-def test_movielens_1m_plain_and_gzipped(tmp_path, pack):
-    x = load_interactions("movielens", write_ml1m(tmp_path, "7::2::5::100\n7::1::3::99\n",
-                                                  pack=pack))
-    assert x.titles == ["Heat (1995)", "Amélie (2001)"]
-    assert (x.users.tolist(), x.items.tolist(), x.timestamps.tolist()) == ([7, 7], [1, 0], [100,
-                                                                                            99])
-    assert len(x.checksums) == 2
-
-
-def test_movielens_100k_and_latest_small(tmp_path):
-    for name in ("ml-100k", "ml-latest-small"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "ml-100k/u.data").write_text("3\t1\t4\t880000000\n")
-    (tmp_path / "ml-100k/u.item").write_bytes(("1|Amélie (2001)|" + "|" * 21
-                                               + "\n").encode("latin-1"))
-    x = load_interactions("ml-100k", tmp_path)
-    assert (x.titles, x.timestamps.tolist()) == (["Amélie (2001)"], [880000000])
-    (tmp_path / "ml-latest-small/ratings.csv").write_text(
-        "userId,movieId,rating,timestamp\n1,11,4.0,964982703\n1,12,0.5,964982704\n")
-    (tmp_path / "ml-latest-small/movies.csv").write_text(
-        'movieId,title,genres\n11,"American President, The (1995)",Drama\n12,"A ""B"" Ç",x\n',
-        "utf-8")
-    x = load_interactions("ml-latest-small", tmp_path)
-    assert x.titles == ["American President, The (1995)", 'A "B" Ç'] and x.items.tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("ratings, message", [
-    ("", "ratings.dat: holds no rows"),
-    ("1::1::5::9\n1::1::5\n", "ratings.dat, line 2: 3 fields, expected 4 separated by '::'"),
-    ("1::1::5::9\n1::x::5::9\n", "ratings.dat, line 2: expected an integer, got 'x'"),
-    ("1::1::5::9\n\n", "ratings.dat, line 2: 1 fields"),
-    ("1::99::5::9\n", "ratings.dat, line 1: unknown item 99, not in movies.dat"),
-    ("1::1::5::99999999999999999999\n", "ratings.dat, line 1"),
-])
-def test_a_malformed_row_is_named_by_file_and_line(tmp_path, ratings, message):
-    with pytest.raises(ValueError, match=message):
-        load_interactions("movielens", write_ml1m(tmp_path, ratings))
-
-
-@pytest.mark.parametrize("movies, message", [
-    ("1::Heat::x\n1::Ran::x\n", "movies.dat, line 2: item 1 is listed twice"),
-    ("1:: ::x\n", "movies.dat, line 1: title ' ' is empty"),
-])
-def test_a_malformed_title_is_named_by_file_and_line(tmp_path, movies, message):
-    with pytest.raises(ValueError, match=message):
-        load_interactions("movielens", write_ml1m(tmp_path, "1::1::5::9\n", movies))
-
-
-def test_undecodable_bytes_damaged_gzip_and_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="ml-1m.zip.*--data synthetic needs nothing"):
-        load_interactions("movielens", tmp_path)
-    (tmp_path / "ml-latest-small").mkdir()
-    (tmp_path / "ml-latest-small/ratings.csv").write_text("h,h,h,h\n1,1,1,1\n")
-    (tmp_path / "ml-latest-small/movies.csv").write_bytes(b"h,h,h\n1,ok,x\n2,\xff\xfe,x\n")
-    with pytest.raises(ValueError, match="movies.csv, line 3: byte 0xff is not utf-8"):
-        load_interactions("ml-latest-small", tmp_path)
-    write_ml1m(tmp_path, "1::1::5::9\n" * 50, pack=True)
-    packed = tmp_path / "ml-1m/ratings.dat.gz"
-    packed.write_bytes(packed.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="ratings.dat.gz: damaged gzip"):
-        load_interactions("movielens", tmp_path)
-    with pytest.raises(ValueError, match="unknown data set 'netflix'"):
-        load_interactions("netflix", tmp_path)
-
-
-def test_repeated_titles_become_unique_and_never_collide():
-    assert unique_titles(["A", "B", "A", "A"]) == ["A", "B", "A [2]", "A [3]"]
-    assert unique_titles(["A", "A", "A [2]", "A"]) == ["A", "A [3]", "A [2]", "A [4]"] or len(
-        set(unique_titles(["A", "A", "A [2]", "A"]))) == 4
+                  encode_example, make_sequences, show_prompt, split_by_time)
 
 
 def interactions(rows) -> Interactions:
@@ -306,14 +220,6 @@ def test_impossible_worlds_are_refused(arguments, message):
 
 
 # ------------------------------------------------------------------ real data, when at hand
-
-
-def test_real_movielens_100k_gives_the_known_counts(real_data):
-    x = load_interactions("ml-100k", real_data)
-    assert (len(x.items), len(np.unique(x.users)), len(x.titles)) == (100_000, 943, 1_682)
-    assert len(set(x.titles)) == 1_682 and "Chasing Amy (1997) [2]" in x.titles
-    train, valid, test = split_by_time(make_sequences(x))
-    assert (len(train) + len(valid) + len(test), len(test)) == (97_171, 9_718)
 
 
 def test_shared_constants_do_not_collide_with_tokens():

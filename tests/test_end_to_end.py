@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import urllib.error
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,8 +96,8 @@ def test_a_checkpoint_folder_serves_as_model_and_movielens_as_data(tmp_path, cap
     (folder / "ratings.dat").write_text("".join(
         f"{u}::{1 + (3 * u + 7 * t) % 20}::5::{1000 * u + t}\n" for u in range(12)
         for t in range(9)))
-    assert main(["--data", "movielens", "--data-dir", str(tmp_path / "raw"), "--model", str(base),
-                 "--lora-rank", "2", "--max-steps", "1", "--beams", "2", "--out",
+    assert main(["--data", "movielens", "--data-dir", str(tmp_path / "raw"), "--sample", "1",
+                 "--index", "time", "--model", str(base), "--lora-rank", "2", "--max-steps", "1", "--beams", "2", "--out",
                  str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "192,483 sequences" in text and "all 20 items ranked" in text
@@ -143,10 +144,20 @@ def test_the_tiny_base_is_an_ordinary_checkpoint_for_transformers(tmp_path):
     assert beams[0] == wanted.tolist()
 
 
+def no_network(*args, **kwargs):
+    """Stands in for urlopen."""
+    raise urllib.error.URLError("no network in tests")
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--data", "movielens", "--data-dir", "nowhere"], "ml-1m.zip"),
     (["--data", "ml-100k", "--order-strength", "1"], "--order-strength goes with --data synthetic"),
-    (["--data-dir", "x"], "--data-dir goes with a downloaded data set"),
+    (["--data-dir", "x"], "--data-dir goes with a public data set"),
+    (["--sample", "0.5"], "--sample goes with data that are not synthetic"),
+    (["--data", "ml-100k", "--sample", "2"], "--sample is 2.0"),
+    (["--data", "ml-100k", "--chronological"], "--chronological goes with --data lastfm"),
+    (["--data", "lastfm", "--index", "time"], "add --chronological"),
+    (["--data", "netflix"], "unknown data set 'netflix'"),
     (["--sinpe-scale", "2"], "--sinpe-scale goes with --temporal sinpe"),
     (["--order-strength", "2"], "order strength is 2.0"),
     (["--lambda-ct", "-1"], "--lambda-ct is -1.0"), (["--lambda-ct", "nan"], "--lambda-ct is nan"),
@@ -162,6 +173,7 @@ def test_the_tiny_base_is_an_ordinary_checkpoint_for_transformers(tmp_path):
 ])
 def test_each_user_error_is_one_line_and_status_2(tmp_path, capsys, flags, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if available.get(flags[-1]):
         pytest.skip("this machine has one")
