@@ -293,14 +293,16 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, opti
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=options.lr, weight_decay=0.0)
     per_epoch = math.ceil(len(train_set) / options.batch_size)
     total = min(options.epochs * per_epoch, options.max_steps or math.inf)
-    step, losses, started = 0, [], time.perf_counter()
+    step, losses, waited, started = 0, [], 0.0, time.perf_counter()
     bar = tqdm(total=total, desc="tuning", unit="step", disable=None, leave=False)
     with open(folder / "log.jsonl", "w", encoding="utf-8") as log, bar:
         while step < total:
             model.train()
+            asked = time.perf_counter()
             for batch in batches(model.tokenizer, train_set, options.batch_size, rng):
                 # rate, both worlds, one loss
                 step, clock = step + 1, time.perf_counter()
+                waited += clock - asked
                 lr = learning_rate(step, total, options.lr, options.warmup)
                 loss, loss_ta, loss_ct = cetrec_loss(model, batch.to(device), options.lambda_ct)
 
@@ -322,6 +324,7 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, opti
                                      f"or --lambda-ct. The best adapter, if any, is in {folder}")
                 if step == total:
                     break
+                asked = time.perf_counter()
 
             # validate, save
             losses.append(validation_loss(model, valid_set, options.batch_size))
@@ -335,7 +338,9 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, opti
     for p, value in zip(lora_parameters(model), kept):
         p.data.copy_(value)
     model.eval()
-    return {"steps": step, "validation_ta": losses, "seconds": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
+    return {"steps": step, "validation_ta": losses, "seconds": seconds,
+            "share_waiting_for_data": waited / seconds}
 
 
 def log_line(entry: dict, total: int, lambda_ct: float, memory: float, left: float) -> str:

@@ -420,7 +420,11 @@ def test_damaged_settings_of_an_adapter_are_one_clear_error(tmp_path, temporal, 
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_twin_losses_and_gradients_are_the_same_with_recomputation(temporal, tokenizer, recompute):
+def test_twin_losses_and_gradients_are_the_same_with_recomputation(temporal, tokenizer, recompute,
+                                                                   monkeypatch):
+    """And the shared prefix stays what it was: the rows' own keys and values are not kept in it."""
+    caches, original = [], cetrec.KVCache
+    monkeypatch.setattr(cetrec, "KVCache", lambda: caches.append(original()) or caches[-1])
     model, clear = temporal(), temporal()
     batch = collate([encode_example(tokenizer, TITLES[:n], TITLES[n]) for n in (3, 5, 7)])
     model.llama.recompute, outcomes = recompute, []
@@ -433,3 +437,46 @@ def test_twin_losses_and_gradients_are_the_same_with_recomputation(temporal, tok
                                                                             targets)
         outcomes.append((loss, torch.autograd.grad(loss, factors)))
     torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-4, atol=1e-6)
+    assert batch.prefix > 0 and [cache.length for cache in caches] == [batch.prefix]
+
+
+# ----------------------------------------------------------------------------------------------
+# The clock: k = log2(1 + days), a real number (--index time)
+
+
+def aged(tokenizer, *ages):
+    return collate([encode_example(tokenizer, TITLES[:3], TITLES[3], ages=age) for age in ages])
+
+
+@pytest.mark.parametrize("kind", ["rope", "rope-attention", "sinpe"])
+def test_equal_steps_of_different_age_are_embedded_differently(temporal, tokenizer, kind):
+    model = temporal(kind)
+    young, old = aged(tokenizer, [3.0, 2.0, 1.0]), aged(tokenizer, [9.0, 5.5, 1.0])
+    steps = aged(tokenizer, None)
+    assert young.item_pos.dtype == torch.float32 and steps.item_pos.dtype == torch.int64
+    with torch.no_grad():
+        out = {name: model(batch.tokens, batch.item_pos)[0, -1] for name, batch in
+               (("young", young), ("old", old), ("steps", steps))}
+        erased = [model(batch.tokens, erase_order(batch.item_pos))[0, -1]
+                  for batch in (young, old, steps)]
+    assert (out["young"] - out["old"]).abs().max() > 1e-3
+    torch.testing.assert_close(erased[0], erased[1])        # without order the ages are gone too
+    torch.testing.assert_close(erased[0], erased[2])
+    whole = aged(tokenizer, [2.0, 1.0, 0.0])                # ages that are whole steps: as by order
+    torch.testing.assert_close(model(whole.tokens, whole.item_pos)[0, -1], out["steps"])
+
+
+def test_twin_forward_equals_the_clear_one_by_the_clock(temporal, tokenizer):
+    model, batch = temporal(), aged(tokenizer, [3.2, 2.0, 0.5], [8.25, 8.25, 0.0])
+    for fast, clear in zip(twin_forward(model, batch), twin_forward_clear(model, batch)):
+        torch.testing.assert_close(fast, clear, rtol=1e-5, atol=1e-5)
+
+
+def test_batches_carry_the_ages_of_their_sequences(tokenizer):
+    sequences = make_sequences(SyntheticWorld(items=40).interactions(60), index="time")
+    seen = set()
+    for batch in batches(tokenizer, sequences, 16, np.random.default_rng(0)):
+        seen |= {round(float(k), 4) for k in batch.item_pos.unique() if k != NO_ITEM}
+    wanted = {round(float(np.float32(k)), 4) for i in range(len(sequences))
+              for k in sequences.ages(i)}
+    assert seen == wanted and any(k % 1 for k in wanted)

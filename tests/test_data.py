@@ -154,6 +154,90 @@ def test_the_shown_prompt_marks_items_and_indices(tokenizer):
         assert part in shown
 
 
+# ------------------------------------------------------------------ the clock, options, the report
+
+
+def test_ages_by_hand():
+    """log2(1 + days before the answer): 0, 1 and 7 days give 0, 1 and 3."""
+    day = 86_400
+    x = interactions([(1, 0, 0), (1, 1, 6 * day), (1, 2, 7 * day), (1, 3, 7 * day)])
+    timed = make_sequences(x, index="time")
+    assert timed.ages(0).tolist() == [3.0, 1.0, 0.0] and make_sequences(x).ages(0) is None
+    assert timed.history(0).tolist() == make_sequences(x).history(0).tolist() == [0, 1, 2]
+
+
+def test_order_is_as_before_where_no_ages_are_given(tokenizer):
+    plain = encode_example(tokenizer, HISTORY, "Ran")
+    timed = encode_example(tokenizer, HISTORY, "Ran", ages=np.arange(len(HISTORY))[::-1] * 1.5)
+    assert [k * 1.5 if k != NO_ITEM else k for k in plain.item_pos] == timed.item_pos
+    assert all(type(k) is int for k in plain.item_pos) and plain.tokens == timed.tokens
+    assert "[k=0, tokens" in show_prompt(tokenizer, timed)
+    assert "[k=1.5, tokens" in show_prompt(tokenizer, timed)
+
+
+def test_histogram_by_hand():
+    lines = data.histogram(np.array([1, 1, 1, 1, 2, 3, 1_024])).splitlines()
+    assert [line.split()[:2] for line in lines[:3]] == [["1", "4"], ["2-3", "2"], ["4-7", "0"]]
+    assert lines[0].count("#") == 50 and lines[1].count("#") == 25 and lines[2].count("#") == 0
+    assert lines[10].split()[:2] == ["1,024-2,047", "1"] and len(lines) == 11
+
+
+@pytest.fixture
+def own_folder(tmp_path):
+    """20 users, 30 items; every second user ends with one that nobody had before."""
+    rows = [f"u{u},{26 + u % 4 if t == 10 and u % 2 else (7 * u + 3 * t) % 26},"
+            f"{1e9 + 864 * (20 * t + u)}" for u in range(20) for t in range(11)]
+    (tmp_path / "interactions.csv").write_text("user,item,timestamp\n" + "\n".join(rows) + "\n")
+    (tmp_path / "items.csv").write_text(
+        "item,title\n" + "".join(f"{i},Item {i}\n" for i in range(30)))
+    return tmp_path
+
+
+def test_the_report_shows_what_a_data_set_holds(own_folder, capsys):
+    assert data.main(["--data", str(own_folder), "--index", "time", "--domain", "games"]) == 0
+    text = capsys.readouterr().out
+    for wanted in ("raw | 220 interactions, 20 users, 28 items", "sequences, ", "has no ",
+                   "users by their number of interactions", "             8-15        20 ####",
+                   "answers | train 2001-09-", "ties | ", "test answers never seen in training | ",
+                   "tokens per prompt | median ", "The user has played the following video games",
+                   "[k=0.", "⟨Item"):
+        assert wanted in text, wanted
+    assert data.main(["--data", str(own_folder), "--sample", "0.5"]) == 0
+    assert "step | users drawn to have 0.5 of the interactions: 110 " in capsys.readouterr().out
+    assert data.main(["--data", "synthetic", "--limit-train", "50"]) == 0
+    assert " 50 train" in capsys.readouterr().out
+
+
+def test_the_share_of_unseen_answers_is_that_of_brute_force(own_folder, tokenizer):
+    x = data.load_interactions(str(own_folder))
+    splits = train, _, test = split_by_time(make_sequences(x))
+    seen = {int(i) for n in range(len(train)) for i in [*train.history(n), train.target(n)]}
+    unseen = np.mean([test.target(n) not in seen for n in range(len(test))])
+    assert 0 < unseen < 1
+    assert f"never seen in training | {100 * unseen:.1f} %" in data.describe(x, splits, tokenizer)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "netflix"], "unknown data set 'netflix'"),
+    (["--data", "lastfm", "--index", "time"], "add --chronological"),
+    (["--sample", "0.5"], "--sample goes with data that are not synthetic"),
+    (["--domain", "games"], "--domain goes with data that are not synthetic"),
+    (["--data", "steam", "--sample", "0"], "--sample is 0.0"),
+    (["--seed", "-1"], "--seed is -1"), (["--tokenizer", "nowhere"], "tokenizer.json: not found")])
+def test_each_error_of_the_report_is_one_line_and_status_2(capsys, flags, message):
+    assert data.main(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_title_longer_than_the_context_is_refused_shortly(tokenizer):
+    x = interactions([(1, i, i) for i in range(20)])
+    titles = [*x.titles[:-1], "very " * 5_000 + "long"]
+    with pytest.raises(ValueError, match="more than the base's context of 512") as error:
+        data.check_context(tokenizer, make_sequences(data.replace(x, titles=titles)), 512)
+    assert len(str(error.value)) < 300
+
+
 # ------------------------------------------------------------------ the synthetic world
 
 
@@ -277,6 +361,15 @@ def test_a_tokenizer_that_does_not_go_with_the_base_is_refused(tmp_path, tokeniz
     folder = checkpoint_tokenizer(tmp_path, tokenizer.bpe, **files)
     with pytest.raises(ValueError, match=message):
         Tokenizer.from_folder(folder)
+
+
+def test_a_tokenizer_may_be_as_large_as_the_embedding_but_no_larger(tmp_path, tokenizer):
+    size = tokenizer.bpe.get_vocab_size()
+    Tokenizer.from_folder(checkpoint_tokenizer(tmp_path, tokenizer.bpe, config={
+        "eos_token_id": 1, "vocab_size": size}))
+    with pytest.raises(ValueError, match=f"token id {size - 1}, but the embedding has {size - 1}"):
+        Tokenizer.from_folder(checkpoint_tokenizer(tmp_path, tokenizer.bpe, config={
+            "eos_token_id": 1, "vocab_size": size - 1}))
 
 
 def test_damaged_tokenizer_files_are_one_clear_error(tmp_path, tokenizer):

@@ -571,7 +571,9 @@ def test_lastfm_keeps_the_order_of_the_file_unless_told_to_take_the_dates():
     x = prepare(lastfm_rows(), "lastfm")
     assert [step.partition(":")[0] for step in x.steps] == [
         "first of each user and item", "artists with 4 users or more",
-        "users with 4 artists or more"]
+        "users with 4 artists or more",
+        "order by artist number, as the field uses it, not by time (D9); --chronological takes "
+        "dates"]
     assert not x.dated and len(x.users) == 16 and x.timestamps.tolist() == [0, 1, 2, 3] * 4
     assert make_sequences(x, 3).history(0).tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="index 'time' wants data with times"):

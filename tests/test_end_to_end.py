@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 import cetrec
 from cetrec import TemporalLlama, main
@@ -78,11 +79,15 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(tmp_path):
      {"lora_rank": 2, "lora_targets": ["q_proj", "o_proj"], "dtype": "bfloat16", "epochs": 2}),
     (["--recompute", "--dtype", "stored"], {"recompute": True, "dtype": "stored"}),
 ])
-def test_every_flag_reaches_the_run(tmp_path, capsys, flags, wanted):
+def test_every_flag_reaches_the_run(tmp_path, capsys, flags, wanted, monkeypatch):
+    recomputed = []
+    monkeypatch.setattr("llama.checkpoint", lambda block, *inputs, **rest: recomputed.append(1) or
+                        checkpoint(block, *inputs, **rest))
     assert main([*QUICK, *flags, "--max-steps", "1", "--eval-sequences", "5", "--out",
                  str(tmp_path)]) == 0
     record = json.loads(next(tmp_path.glob("synthetic-*/run.json")).read_text())
     assert {key: record["options"][key] for key in wanted} == wanted
+    assert bool(recomputed) == wanted.get("recompute", False)
     if "none" in flags:
         assert "λ is 0 in this run" in capsys.readouterr().out
 
@@ -97,8 +102,13 @@ def test_a_checkpoint_folder_serves_as_model_and_movielens_as_data(tmp_path, cap
         f"{u}::{1 + (3 * u + 7 * t) % 20}::5::{1000 * u + t}\n" for u in range(12)
         for t in range(9)))
     assert main(["--data", "movielens", "--data-dir", str(tmp_path / "raw"), "--sample", "1",
-                 "--index", "time", "--model", str(base), "--lora-rank", "2", "--max-steps", "1", "--beams", "2", "--out",
-                 str(tmp_path)]) == 0
+                 "--index", "time", "--model", str(base), "--lora-rank", "2", "--max-steps", "1",
+                 "--beams", "2", "--out", str(tmp_path)]) == 0
+    run = tmp_path / "movielens-rope-1"
+    assert json.loads((run / "temporal.json").read_text())["index"] == "time"
+    record = json.loads((run / "run.json").read_text())
+    assert record["steps"] == ["5-core: 108 interactions, 12 users, 20 items"]
+    assert set(record["checksums"]) == {"ratings.dat", "movies.dat"}
     text = capsys.readouterr().out
     assert "192,483 sequences" in text and "all 20 items ranked" in text
 
@@ -219,3 +229,12 @@ def test_help_names_every_option_with_its_default(capsys):
     for field in cetrec.Options.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in text
     assert text.count("default: ") == len(cetrec.Options.__dataclass_fields__) + 2
+
+
+def test_the_benchmark_measures_what_it_can_and_says_what_it_cannot(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "experiments.benchmark", "--steam-lines", "3000",
+                           "--data-dir", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for wanted in ("ML-1M, text to split     not measured: ", "Steam, reading ", " prompts/s, ",
+                   "loop waits for data "):
+        assert wanted in done.stdout, done.stdout
