@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 LATEST = 4_102_444_800          # 2100-01-01: a later timestamp is in other units than seconds
 LONGEST_LINE = 2**24            # bytes; no format has one nearly as long
+PLACES = 10**7                  # timestamps up to here, April 1970, only say which came first
 
 
 @dataclass(frozen=True)
@@ -536,7 +537,8 @@ def load_interactions(name: str, data_dir: str | Path = "data", skip_bad_lines: 
             raise ValueError(f"unknown data set {name!r}; known: synthetic, {', '.join(FORMATS)}, "
                              "or a folder with interactions.csv and items.csv")
         reader = Reader(skip_bad_lines)
-        return reader.gather(_own(reader, folder), domain or "items")
+        x = reader.gather(_own(reader, folder), domain or "items")
+        return replace(x, dated=bool(x.timestamps.max() > PLACES))
     form = FORMATS[name]
     reader = Reader(skip_bad_lines, form.most_bytes)
     read = {"steam": _steam, "lastfm": _lastfm}.get(name, _movielens)

@@ -215,6 +215,8 @@ def test_the_share_of_unseen_answers_is_that_of_brute_force(own_folder, tokenize
     unseen = np.mean([test.target(n) not in seen for n in range(len(test))])
     assert 0 < unseen < 1
     assert f"never seen in training | {100 * unseen:.1f} %" in data.describe(x, splits, tokenizer)
+    one = train.select(np.array([0]))                   # an answer of training was seen there
+    assert "seen in training | 0.0 %" in data.describe(x, (one, one, one), tokenizer)
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -131,7 +131,7 @@ def test_each_format_gives_the_same_rows_plain_and_gzipped(tmp_path, build, pack
     assert len(set(x.users.tolist())) == 1 and x.timestamps[0] > x.timestamps[1]
     assert x.domain == {"lastfm": "artists", "steam": "games"}.get(
         name, "movies" if name in FORMATS else "items")
-    assert x.dated and not x.steps
+    assert x.dated == (name in FORMATS) and not x.steps
     plain = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (rows, items)
              if path.exists()}
     assert len(x.checksums) == 2 and (packed or x.checksums == plain)
@@ -290,6 +290,10 @@ def test_a_folder_of_ones_own_is_read_by_column_names(tmp_path):
         '2020-01-01,5,c,me\n', items_csv='title,item\n"Say ""Hi""","a,b"\nRan,c\n')
     x = load_interactions(str(tmp_path / "x"), domain="games")
     assert x.titles == ['Say "Hi"', "Ran"] and x.items.tolist() == [0, 1] and x.domain == "games"
+    assert x.dated          # dates; small numbers are places, see test_each_format
+    put(tmp_path / "crlf", interactions_csv="user,timestamp,item\r\nme,5,a\r\nme,6,b\r\n",
+        items_csv="item,title\na,Heat\nb,Ran\n")
+    assert load_interactions(str(tmp_path / "crlf")).items.tolist() == [0, 1]
     put(tmp_path / "y", interactions_csv="who,item,timestamp\n", items_csv="item,title\na,b\n")
     with pytest.raises(ValueError, match="line 1: the header has no column 'user': who, item, t"):
         load_interactions(str(tmp_path / "y"), skip_bad_lines=True)
@@ -487,6 +491,8 @@ def test_repeats_keep_a_users_first_and_row_order():
     assert list(zip(y.users, y.items, y.timestamps)) == [(1, 1, 60), (1, 0, 40), (2, 0, 5)]
     assert y.steps == ("first of each user and item: 3 interactions, 2 users, 2 items",)
     assert first_of_each_pair(y) is y
+    cold = Interactions(x.users, x.items, x.timestamps, [*x.titles, "nobody took it yet"])
+    assert first_of_each_pair(cold).titles == cold.titles       # no filter: it stays a candidate
 
 
 def brute_core(triples, least):
