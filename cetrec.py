@@ -548,7 +548,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--warmup", "steps of linear warm-up, then linear decay", type=int, metavar="N")
     flag("--max-steps", "stop tuning after N steps; 0 = no limit", "0", type=int, metavar="N")
     flag("--recompute", "run each block again in the backward pass instead of keeping its "
-         "activations: less memory, about 40 % more time", "no",
+         "activations: less memory, about 40 %% more time", "no",
          action=argparse.BooleanOptionalAction)
 
     group = ap.add_argument_group("evaluation")
