@@ -705,7 +705,8 @@ def run(options: Options, out: Path, evaluate_run: Path | None = None,
                 "numpy": np.__version__, "tokenizers": tokenizers.__version__}
     record |= {"options": asdict(options), "base": name, "fingerprint": model.fingerprint(),
                "versions": versions}
-    folder = evaluate_run or new_folder(out, f"{options.data}-{options.temporal}")
+    data_name = Path(options.data).resolve().name       # of a folder: without where it lies
+    folder = evaluate_run or new_folder(out, f"{data_name}-{options.temporal}")
     if not evaluate_run:
         write_json(folder / "run.json", record)
         record["tuning"] = train(model, train_set, sample(valid_set, 1_000, options.seed), options,

@@ -113,6 +113,21 @@ def test_a_checkpoint_folder_serves_as_model_and_movielens_as_data(tmp_path, cap
     assert "192,483 sequences" in text and "all 20 items ranked" in text
 
 
+def test_a_run_on_ones_own_folder_is_written_below_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(cetrec.__dict__, "TinyBase", lambda: cetrec.TINY_BASES["synthetic"])
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "items.csv").write_text("item,title\n" + "".join(f"{i},Song {i}\n" for i in range(20)))
+    (mine / "interactions.csv").write_text("user,item,timestamp\n" + "".join(
+        f"u{u},{(3 * u + 7 * t) % 20},2020-01-{1 + t:02}\n" for u in range(12) for t in range(9)))
+    assert main([*QUICK, "--data", str(mine), "--domain", "artists", "--index", "time",
+                 "--max-steps", "1", "--out", str(tmp_path / "runs")]) == 0
+    assert sorted(path.name for path in mine.iterdir()) == ["interactions.csv", "items.csv"]
+    run = tmp_path / "runs" / "mine-rope-1"
+    assert f"run folder {run}" in capsys.readouterr().out
+    assert main(["--eval-only", str(run)]) == 0
+
+
 def test_an_adapter_is_evaluated_on_the_base_it_was_tuned_on_only(tmp_path, capsys):
     assert main([*QUICK, "--max-steps", "1", "--eval-sequences", "5", "--out", str(tmp_path)]) == 0
     run, base = tmp_path / "synthetic-rope-1", next(tmp_path.glob("tiny-*"))
