@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (IGNORE, NO_ITEM, Batch, DataOptions, Sequences, Tokenizer, check_context, collate,
-                  data_flags, data_options, encode_example, encode_examples, load_data, make_splits,
-                  show_prompt, tiny_tokenizer)
+                  data_flags, data_options, encode_example, encode_examples, exit_status, load_data,
+                  make_splits, show_prompt, tiny_tokenizer)
 from evaluate import evaluate_order, format_result
 from llama import KVCache, Llama, LlamaConfig, find_checkpoint, load_llama, save_llama
 from lora import ALL_LINEAR, LoraConfig, add_lora, load_lora, lora_parameters, save_lora
@@ -730,24 +730,19 @@ def sample(sequences: Sequences, n: int, seed: int) -> Sequences:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse and run; every error a user can cause becomes one line and status 2."""
+    """Parse and run. Returns the exit status."""
     given = {name: value for name, value in vars(parser().parse_args(argv)).items()
              if value is not None}
-    evaluate_run = Path(given.pop("eval_only")) if "eval_only" in given else None
-    try:
-        if evaluate_run:
-            options, base = read_run(evaluate_run, given)
-            run(options, evaluate_run.parent, evaluate_run, base)
+
+    def work() -> None:
+        if "eval_only" in given:
+            folder = Path(given.pop("eval_only"))
+            options, base = read_run(folder, given)
+            run(options, folder.parent, folder, base)
         else:
             out = Path(given.pop("out", "runs"))
             run(fill_in(given), out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; files already written are whole", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -631,8 +631,21 @@ def describe(interactions: Interactions, splits, tokenizer: Tokenizer) -> str:
         show_prompt(tokenizer, first), "-" * 80])
 
 
+def exit_status(work: Callable[[], None]) -> int:
+    """Of a command: 0, or 2 after one line on what a user did wrong, or 130 when interrupted."""
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; files already written are whole", file=sys.stderr)
+        return 130
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Show what a data set holds; every error a user can cause becomes one line and status 2."""
+    """Show what a data set holds."""
     ap = argparse.ArgumentParser(prog="data.py", allow_abbrev=False,
                                  description="Show what a data set holds, and one prompt.")
 
@@ -642,8 +655,9 @@ def main(argv: list[str] | None = None) -> int:
     flag("--tokenizer", "of a checkpoint folder", "the tiny base's, made on the spot",
          metavar="FOLDER")
     given = {name: value for name, value in vars(ap.parse_args(argv)).items() if value is not None}
-    try:
-        folder = given.pop("tokenizer", None)
+    folder = given.pop("tokenizer", None)
+
+    def show() -> None:
         options = DataOptions(**data_options(given))
         interactions, _ = load_data(options)
         splits, _ = make_splits(interactions, options)
@@ -655,13 +669,7 @@ def main(argv: list[str] | None = None) -> int:
                                  minlength=len(train_set.titles))
             tokenizer = tiny_tokenizer(train_set.titles, counts, train_set.domain, 8192)
         print(describe(interactions, splits, tokenizer))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; files already written are whole", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(show)
 
 
 if __name__ == "__main__":
