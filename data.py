@@ -10,12 +10,13 @@ Shapes: B batch, T tokens, N items of the catalogue, n history length, M sampled
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -72,6 +73,13 @@ class Sequences:
     def target(self, i: int) -> int:
         """Item id of the answer."""
         return int(self.items[self.targets[i]])
+
+    def seen(self) -> np.ndarray:
+        """Items that stand in a history or are an answer.  -> (N,) bool"""
+        seen = np.zeros(len(self.titles), dtype=bool)
+        for start, target in zip(self.starts, self.targets):
+            seen[self.items[start:target + 1]] = True
+        return seen
 
     def words(self, items) -> list[str]:
         """Titles of item ids."""
@@ -300,18 +308,38 @@ def encode_example(tokenizer: Tokenizer, history_titles, target_title: str | Non
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows: with causal attention no real position sees a pad."""
+    """Right-padded rows: with causal attention no real position sees a pad.
+
+    From the labels it derives where the M targets are, here rather than on a GPU, which would have
+    to be waited for.
+    """
 
     tokens: Tensor          # (B, T)
     item_pos: Tensor        # (B, T) integer or float32, NO_ITEM outside items and on pads
     labels: Tensor          # (B, T), already shifted: the token that comes next, or IGNORE
     prefix: int             # leading columns equal in all rows, before any item or label
+    places: Tensor = field(init=False)      # (B, A) columns of each row's labels, then fillers
+    supervised: Tensor = field(init=False)  # (M,) which of the B·A places are no fillers
+    targets: Tensor = field(init=False)     # (M,) their labels
+
+    def __post_init__(self):
+        real = self.labels != IGNORE
+        counts = real.sum(dim=1, keepdim=True)
+        filled = torch.arange(max(1, int(counts.max())), device=counts.device) < counts
+        places = (~real).int().argsort(dim=1, stable=True)[:, :filled.shape[1]]
+        derived = {"places": places.clamp(min=self.prefix), "targets": self.labels[real],
+                   "supervised": filled.flatten().nonzero()[:, 0]}
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def to(self, device) -> "Batch":
-        """The same batch on another device."""
-        return Batch(*(x.to(device, non_blocking=True) for x in (self.tokens, self.item_pos,
-                                                                 self.labels)),
-                     self.prefix)
+        """The same batch on another device; a GPU copies while it works."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                value = value.pin_memory() if torch.device(device).type == "cuda" else value
+                object.__setattr__(moved, name, value.to(device, non_blocking=True))
+        return moved
 
 
 def collate(examples: list[Example], pad_id: int = 0) -> Batch:
@@ -606,10 +634,7 @@ def describe(interactions: Interactions, splits, tokenizer: Tokenizer) -> str:
         return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d}" if train_set.dated else str(time)
     dates = [f"{name} {day(s.timestamps.min())} to {day(s.timestamps.max())}"
              for name, s in zip(("train", "valid", "test"), splits)]
-    seen = np.zeros(len(train_set.titles), dtype=bool)
-    for i in range(len(train_set)):
-        seen[train_set.items[train_set.starts[i]:train_set.targets[i] + 1]] = True
-    unseen = 100 * (1 - seen[test_set.items[test_set.targets]].mean())
+    unseen = 100 * (1 - train_set.seen()[test_set.items[test_set.targets]].mean())
     moments = np.unique(np.stack((interactions.users, interactions.timestamps)), axis=1).shape[1]
     tied = 100 * (1 - moments / len(interactions.users))
     drawn = np.random.default_rng(0).choice(len(train_set), min(1_000, len(train_set)), False)

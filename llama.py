@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 
@@ -155,42 +156,101 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+class RotateFused(torch.autograd.Function):
+    """`rotate` in two passes over memory instead of seven. R_k is orthogonal, so the gradient is
+    turned back by the same angle, and nothing of x is kept for it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        """As `rotate`."""
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        y = x * torch.cat((cos, cos), dim=-1)
+        y[..., :half].addcmul_(x[..., half:], sin, value=-1)
+        y[..., half:].addcmul_(x[..., :half], sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        """(B, H, T, D) -> the gradient of x; angles have none."""
+        cos, sin = ctx.saved_tensors
+        return RotateFused.apply(grad, cos, -sin), None, None
+
+
+rotate_fused = RotateFused.apply
+
+
 def attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention written out; the reference that `attend_fused` is tested against.
 
     q (B, H, T, D), k and v (B, G, S, D), mask True where a query may look (B or 1, 1, T, S) or None
-    for plain causal attention with T = S.  -> (B, H, T, D)
+    for causal attention of the last T of S tokens.  -> (B, H, T, D)
     """
     B, H, T, D = q.shape
     k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
     if mask is None:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        mask = causal_mask(T, k.shape[2], q.device)
     scores = (q @ k.transpose(-1, -2) / math.sqrt(D)).masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1) @ v
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same by PyTorch's fused kernel: no (T, S) matrix is kept for the backward pass."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+    """The same by PyTorch's fused kernel: no (T, S) scores are kept for the backward pass.
+
+    GPUs have a kernel for causal attention behind a prefix, CPUs take a mask. Under a mask the
+    query heads of a group count as more queries of one head, because not every masked kernel knows
+    groups, and copies of keys and values would be large.
+    """
+    (H, T), (G, S) = q.shape[1:3], k.shape[1:3]
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
+        return attend_fused(q.float(), k.float(), v.float(), mask).bfloat16()   # half the time
+    if mask is None and (T == S or q.is_cuda):
+        bias = None if T == S else causal_lower_right(T, S)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None,
+                                              enable_gqa=H != G)
+    mask = causal_mask(T, S, q.device) if mask is None else mask
+    y = F.scaled_dot_product_attention(q.unflatten(1, (G, -1)).flatten(2, 3), k, v,
+                                       attn_mask=mask.repeat(1, 1, H // G, 1))
+    return y.unflatten(2, (-1, T)).flatten(1, 2)                # (B, G, H/G·T, D) -> (B, H, T, D)
+
+
+def causal_mask(new: int, slots: int, device) -> Tensor:
+    """True where one of the last `new` of so many tokens may look.  -> (1, 1, new, slots)"""
+    return torch.ones(1, 1, new, slots, dtype=torch.bool, device=device).tril(slots - new)
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one (B, G, S, D) pair per layer.
+    """Keys and values of the tokens seen so far, one (B, G, S or more, D) pair per layer.
 
     A cache of batch 1 serves any number of rows (a prefix common to all of them is then run once),
     and gradients flow back through what it holds. Slots marked in `hidden` are never attended to.
+    New tokens follow one another, unless `tree` says which of the last slots, old and new, are a
+    new token's ancestors and itself: then they are nodes of a tree, and siblings share a row.
     """
 
     def __init__(self):
         self.layers: list[tuple[Tensor, Tensor]] = []
+        self.length = 0                         # S; layers may have room for more, see `reserve`
         self.hidden: Tensor | None = None       # (B, S) bool
+        self.tree: Tensor | None = None         # (B or 1, T, last slots) bool, set for each forward
         self.read_only = False                  # True: a forward sees what is here and adds nothing
 
     @property
-    def length(self) -> int:
-        """Number of slots S."""
-        return self.layers[0][0].shape[2] if self.layers else 0
+    def room(self) -> int:
+        """Slots that can be written without a copy of what is here."""
+        return self.layers[0][0].shape[2] - self.length if self.layers else 0
+
+    def reserve(self, slots: int, rows: int | None = None) -> None:
+        """Make room for so many more slots (of so many rows), once for many forwards. Inference
+        only: what is written into the room carries no gradient.
+        """
+        for i, pair in enumerate(self.layers):
+            roomy = [x.new_empty(rows or len(x), x.shape[1], self.length + slots, x.shape[3])
+                     for x in pair]
+            for x, wide in zip(pair, roomy):
+                wide[:, :, :self.length] = x[:, :, :self.length]
+            self.layers[i] = tuple(roomy)
 
     def hide_from(self, lengths: Tensor) -> None:
         """Hide the right padding of a batch of prompts: the slots >= lengths, (B,)."""
@@ -203,19 +263,75 @@ class KVCache:
         self.hidden = None if self.hidden is None else self.hidden.index_select(0, rows)
 
     def mask(self, new: int, device) -> Tensor | None:
-        """May query t look at slot s? (B or 1, 1, T, S) bool; None means plain causal."""
-        if self.length == 0:
+        """May query t look at slot s? (B or 1, 1, T, S) bool; None means causal."""
+        if self.hidden is None and self.tree is None:
             return None
-        past = torch.ones(new, self.length + new, dtype=torch.bool, device=device)
-        mask = past.tril(self.length)[None, None]
+        mask = causal_mask(new, self.length + new, device)
+        if self.tree is not None:
+            before = mask[..., :self.length + new - self.tree.shape[-1]].fill_(True)
+            before = before.expand(len(self.tree), -1, -1, -1)
+            mask = torch.cat((before, self.tree[:, None]), dim=-1)
         if self.hidden is not None:
             seen = F.pad(~self.hidden, (0, new + self.length - self.hidden.shape[1]), value=True)
             mask = mask & seen[:, None, None, :]
         return mask
 
 
+def join(old: Tensor, new: Tensor, slots: int) -> Tensor:
+    """Keys or values of all slots, cached and new: written into the cache's room if it has any.
+
+    (1 or B, G, S or more, D), (B, G, T, D) -> (B, G, slots, D), slots = S + T
+    """
+    if old.shape[2] < slots:
+        return torch.cat((old.expand(len(new), -1, -1, -1), new), dim=2)
+    old[:, :, slots - new.shape[2]:slots] = new
+    return old[:, :, :slots]
+
+
+def pick(x: Tensor, places: Tensor) -> Tensor:
+    """The given places of the last dimension but one, other ones for each row.
+
+    (B or 1, .., T, F), (B, A) -> (B, .., A, F)
+    """
+    return x.take_along_dim(places.view(len(places), *[1] * (x.dim() - 3), -1, 1), dim=-2)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / √(mean(x²) + eps) * weight, in float32 whatever the storage.  (..., C) -> (..., C)"""
+    y = x.float()
+    return (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+class RmsNormFused(torch.autograd.Function):
+    """`rms_norm` and its gradient in half the passes over memory.
+
+    With y = r x w, r = 1/√(mean(x²) + eps):  ∂L/∂x = r (g w) - x r³ <g w, x> / C
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        """As `rms_norm`."""
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        r = r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """(..., C) -> the gradients of x and, unless it is frozen, of the weight."""
+        (x, weight, r), grad_weight = ctx.saved_tensors, None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * x * r).flatten(0, -2).sum(dim=0).to(weight.dtype)
+        grad = grad * weight
+        along = (grad * x).sum(dim=-1, keepdim=True, dtype=torch.float32) * r ** 3 / x.shape[-1]
+        return (grad * r).addcmul_(x, along, value=-1).to(x.dtype), grad_weight, None
+
+
+rms_norm_fused = RmsNormFused.apply
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 whatever the storage."""
+    """`rms_norm` and its weight."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -224,9 +340,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)"""
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return rms_norm_fused(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -241,17 +355,46 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x, cos, sin, mask, past):
-        """x (B, T, C), past keys and values or None -> (B, T, C), all keys and values"""
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)    # -> (B, H or G, T, D)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    def forward(self, x, cos, sin, mask, past, slots, wanted=None):
+        """x (B, T, C), past keys and values or None, S -> (B, T or A, C), all keys and values"""
+        k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)      # (B, G, T, D)
+                for proj in (self.k_proj, self.v_proj))
+        k = rotate_fused(k, cos, sin)
+        if wanted is not None:          # keys and values of all tokens, queries of a few
+            if mask is None:
+                mask = causal_mask(x.shape[1], slots, x.device)
+            x, cos, sin, mask = (pick(part, wanted) for part in (x, cos, sin, mask))
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, H, T or A, D)
+        q = rotate_fused(q, cos, sin)
         if past is not None:
-            k, v = (torch.cat((old.expand(B, -1, -1, -1), new), dim=2)      # -> (B, G, S, D)
+            k, v = (join(old, new, slots)                                       # -> (B, G, S, D)
                     for old, new in zip(past, (k, v)))
         y = attend_fused(q, k, v, mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), (k, v)     # -> (B, T, C)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)                # -> (B, T or A, C)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, silu(z) = z σ(z)."""
+    return F.silu(gate) * up
+
+
+class SwigluFused(torch.autograd.Function):
+    """`swiglu` that keeps its two inputs for the backward pass and nothing else."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        """As `swiglu`."""
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Gradients of gate and up."""
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+swiglu_fused = SwigluFused.apply
 
 
 class MLP(nn.Module):
@@ -266,7 +409,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu_fused(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -279,10 +422,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask, past):
-        """x (B, T, C), past keys and values or None -> (B, T, C), all keys and values"""
-        y, keys_values = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
-        x = x + y
+    def forward(self, x, cos, sin, mask, past, slots, wanted=None):
+        """x (B, T, C), past keys and values or None, S -> (B, T or A, C), all keys and values"""
+        y, keys_values = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, slots,
+                                        wanted)
+        x = y + (x if wanted is None else pick(x, wanted))
         return x + self.mlp(self.post_attention_layernorm(x)), keys_values
 
 
@@ -294,6 +438,7 @@ class Llama(nn.Module):
         self.config = config
         self.fingerprint: str | None = None     # of the checkpoint it was loaded from
         self.recompute = False                  # True: blocks run again in backward, to save memory
+        self.compiled = None                    # calls a block by kernels of torch.compile; tuning
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -318,41 +463,49 @@ class Llama(nn.Module):
     def positions(self, new: int, cache: KVCache | None, device) -> Tensor:
         """Default positions of `new` tokens: counted on from the cache, less its hidden slots.
 
-        -> (T,), or (B, T) when the rows of the cache differ in length
+        In a tree a token comes right after its parent.  -> (T,), or (B, T) when rows differ
         """
         past = cache.length if cache is not None else 0
         positions = torch.arange(past, past + new, device=device)
+        if cache is not None and cache.tree is not None:
+            positions = past + new - cache.tree.shape[-1] + cache.tree.sum(dim=-1) - 1
         if past and cache.hidden is not None:
             positions = positions - cache.hidden.sum(dim=1, keepdim=True)
         return positions
 
     def forward(self, tokens: Tensor | None, *, embeddings: Tensor | None = None,
-                positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+                positions: Tensor | None = None, cache: KVCache | None = None,
+                wanted: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm.  tokens (B, T) -> (B, T, C)
 
         embeddings (B, T, C) replace embed(tokens); positions (T,) or (B, T), integer or float,
         default to 0 .. T-1 counted on from the cache; the cache is extended in place, unless it is
-        read-only.
+        read-only. wanted (B, A) are places among the T: the last block works for these only, and
+        the outcome is (B, A, C).
         """
         x = self.embed(tokens) if embeddings is None else embeddings
         T = x.shape[1]
         if positions is None:
             positions = self.positions(T, cache, x.device)
         angles = positions[..., None].float() * inverse_frequencies(self.config, x.device)
-        if positions.dim() == 2:
-            angles = angles[:, None]                # (B, T, D/2) -> (B, 1, T, D/2): all heads alike
+        angles = angles.view(-1, 1, *angles.shape[-2:])         # (B or 1, 1, T, D/2): heads alike
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         mask = cache.mask(T, x.device) if cache is not None else None
         pasts, grown = cache.layers if cache is not None else [], []
-        for block, past in zip(self.layers, pasts or [None] * len(self.layers)):
+        slots = T + (cache.length if cache is not None else 0)
+        roomy = cache is not None and cache.room >= T
+        for i, past in enumerate(pasts or [None] * len(self.layers)):
+            inputs = (x, cos, sin, mask, past, slots, wanted if i == len(self.layers) - 1 else None)
             if self.recompute and torch.is_grad_enabled():
-                x, keys_values = checkpoint(block, x, cos, sin, mask, past, use_reentrant=False)
+                x, keys_values = checkpoint(self.layers[i], *inputs, use_reentrant=False)
+            elif self.compiled and torch.is_grad_enabled():
+                x, keys_values = self.compiled(self.layers[i], *inputs)
             else:
-                x, keys_values = block(x, cos, sin, mask, past)
-            if cache is not None and not cache.read_only:
+                x, keys_values = self.layers[i](*inputs)
+            if cache is not None and not cache.read_only and not roomy:
                 grown.append(keys_values)
-        if grown:
-            cache.layers = grown
+        if cache is not None and not cache.read_only:
+            cache.layers, cache.length = grown or pasts, cache.length + T
         return self.norm(x)
 
 

@@ -148,6 +148,22 @@ def test_collate_shifts_labels_pads_right_and_finds_the_prefix(tokenizer):
     assert collate(examples[:1]).prefix == first_item
 
 
+def test_a_batch_knows_where_its_targets_are(tokenizer):
+    """Places of unequal numbers of labels: B·A places less the fillers are the M labels in order.
+    """
+    answers = ["Ran", "Up, Up and Away (2000)", "Heat"]
+    batch = collate([encode_example(tokenizer, HISTORY[:n], answer)
+                     for n, answer in zip((2, 5, 3), answers)])
+    assert torch.equal(batch.targets, batch.labels[batch.labels != IGNORE])
+    rows = torch.arange(3)[:, None].expand_as(batch.places).flatten()
+    where = rows[batch.supervised], batch.places.flatten()[batch.supervised]
+    assert torch.equal(torch.stack(where, 1), (batch.labels != IGNORE).nonzero())
+    assert batch.places.shape[1] == int((batch.labels != IGNORE).sum(1).max())
+    assert int(batch.places.min()) >= batch.prefix
+    moved = batch.to("meta")
+    assert moved.places.is_meta and moved.tokens.is_meta and moved.prefix == batch.prefix
+
+
 def test_the_shown_prompt_marks_items_and_indices(tokenizer):
     shown = show_prompt(tokenizer, encode_example(tokenizer, ["Ran", "Heat"], "Jumanji (1995)"))
     for part in ("⟨Ran⟩[k=1, tokens", "⟨Heat⟩[k=0, tokens", '"Jumanji (1995)"'):

@@ -17,15 +17,22 @@ from lora import ALL_LINEAR, add_lora
 TOKENS = torch.tensor([[5, 9, 2, 44, 17, 3, 60, 8]])
 
 
+@pytest.mark.parametrize("before", [0, 3])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_fused_attention_equals_explicit_softmax(groups, masked):
-    q, k, v = torch.randn(3, 4, 6, 8), torch.randn(3, groups, 6, 8), torch.randn(3, groups, 6, 8)
+def test_fused_attention_equals_explicit_softmax(groups, masked, before):
+    """With and without a prefix, groups and a mask that differs by row; gradients included."""
+    inputs = [torch.randn(3, heads, tokens, 8, requires_grad=True) for heads, tokens in (
+        (4, 6), (groups, 6 + before), (groups, 6 + before))]
     mask = None
     if masked:
-        mask = (torch.rand(3, 1, 6, 6) < 0.5) | torch.eye(6, dtype=torch.bool)
-    torch.testing.assert_close(attend_fused(q, k, v, mask), attend_explicit(q, k, v, mask),
-                               rtol=1e-5, atol=1e-5)
+        mask = (torch.rand(3, 1, 6, 6 + before) < 0.5)
+        mask[..., before:] |= torch.eye(6, dtype=torch.bool)
+    grad = torch.randn(3, 4, 6, 8)
+    fused, explicit = ((y := attend(*inputs, mask), *torch.autograd.grad(y, inputs, grad))
+                       for attend in (attend_fused, attend_explicit))
+    for one, other in zip(fused, explicit):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_explicit_attention_by_hand():
@@ -52,6 +59,59 @@ def test_rotation_equals_the_hand_multiplied_block_matrix():
                            [math.sin(a), 0, math.cos(a), 0], [0, math.sin(b), 0, math.cos(b)]])
     angles = pos * inverse_frequencies(config)
     torch.testing.assert_close(rotate(x, angles.cos(), angles.sin()), matrix @ x)
+
+
+@pytest.mark.parametrize("fused, clear, sizes", [
+    ("rotate_fused", "rotate", [(2, 4, 6, 8), (6, 4), (6, 4)]),
+    ("rotate_fused", "rotate", [(2, 4, 6, 8), (2, 1, 6, 4), (2, 1, 6, 4)]),
+    ("swiglu_fused", "swiglu", [(2, 6, 8), (2, 6, 8)]),
+    ("rms_norm_fused", "rms_norm", [(2, 6, 8), (8,)])])
+def test_fused_operations_and_their_gradients_equal_the_ones_written_out(fused, clear, sizes):
+    inputs = [torch.randn(size) for size in sizes]
+    grad, results = torch.randn(sizes[0]), []
+    for name in (fused, clear):
+        copies = [x.clone().requires_grad_(i == 0 or "rotate" not in name)
+                  for i, x in enumerate(inputs)]
+        y = getattr(llama_module, name)(*copies, *[0.01] * ("rms" in name))
+        y.backward(grad)
+        results.append([y.detach(), *(x.grad for x in copies if x.requires_grad)])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_rms_norm_by_hand():
+    x, weight = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])
+    root = math.sqrt((9 + 16) / 2 + 0.5)
+    torch.testing.assert_close(llama_module.rms_norm(x, weight, 0.5),
+                               torch.tensor([3 / root, 8 / root]))
+
+
+def test_swiglu_by_hand():
+    torch.testing.assert_close(llama_module.swiglu(torch.tensor(2.0), torch.tensor(3.0)),
+                               torch.tensor(3 * 2 / (1 + math.exp(-2))))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("positions", [None, torch.rand(3, 6).cumsum(dim=1)])
+def test_the_last_block_works_for_wanted_places_only_with_the_same_outcome(llama, cached,
+                                                                           positions):
+    """(B, A) places, another set in each row; gradients included, before and after a prefix."""
+    add_lora(llama, targets=ALL_LINEAR)
+    tokens, wanted = torch.randint(61, (3, 6)), torch.tensor([[5, 0], [2, 3], [4, 4]])
+    grad, results, ran = torch.randn(3, 2, 24), [], []
+    llama.layers[-1].mlp.register_forward_pre_hook(lambda module, args: ran.append(args[0].shape))
+    for places in (wanted, None):
+        cache = KVCache() if cached else None
+        if cached:
+            llama(torch.tensor([[7, 8]]), cache=cache)
+        y = llama(tokens, positions=positions, cache=cache, wanted=places)
+        y = y if places is not None else y[torch.arange(3)[:, None], wanted]
+        y.backward(grad)
+        results.append([y.detach(), *(p.grad for p in llama.parameters() if p.requires_grad)])
+        llama.zero_grad()
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert (3, 2, 24) in ran and (3, 6, 24) in ran
 
 
 def test_attention_scores_depend_on_position_differences_only():

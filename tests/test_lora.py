@@ -2,6 +2,7 @@
 round-trip."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from conftest import small_config
 from safetensors.torch import load_file, save_file
 
 from llama import Llama, save_llama
-from lora import ALL_LINEAR, LoraLinear, add_lora, load_lora, lora_parameters, merge_lora, save_lora
+from lora import (ALL_LINEAR, LoraLinear, add_lora, dropout, load_lora, lora_parameters,
+                  merge_lora, save_lora)
 
 TOKENS = torch.tensor([[5, 9, 2, 44, 17, 3]])
 
@@ -56,6 +58,32 @@ def test_dropout_acts_in_training_only(llama):
     assert torch.equal(llama(TOKENS), llama(TOKENS))
     llama.train()
     assert not torch.equal(llama(TOKENS), llama(TOKENS))
+
+
+@pytest.mark.parametrize("p", [0.02, 0.5, 0.9])
+def test_dropout_zeroes_each_element_with_probability_p_by_itself(p):
+    """Shares, their spread, and pairs at short distances, as independent draws have them."""
+    draws = dropout(torch.ones(400, 2_000), p)
+    torch.testing.assert_close(draws.unique(), torch.tensor([0.0, 1 / (1 - p)]))
+    zero = (draws == 0).double()
+    assert zero.mean().item() == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / 800_000))
+    for way in (0, 1):      # rows and columns hold binomial numbers of zeros
+        counts, n = zero.sum(dim=way), zero.shape[way]
+        assert counts.var().item() == pytest.approx(n * p * (1 - p), rel=0.25)
+    flat = zero.flatten()
+    for gap in (1, 2, 7, 2_000):
+        both = (flat[gap:] * flat[:-gap]).mean().item()
+        assert both == pytest.approx(p * p, abs=6 * p / math.sqrt(800_000))
+
+
+def test_the_gradient_of_dropout_has_the_zeros_of_its_output():
+    x = torch.randn(5, 7, 11, requires_grad=True)
+    y = dropout(x, 0.3)
+    assert 0 < (y == 0).sum() < x.numel()
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, (y != 0) / 0.7)
+    assert dropout(x, 0.0) is x or torch.equal(dropout(x, 0.0), x)
+    assert dropout(torch.ones(1), 0.001).shape == (1,)
 
 
 def test_rank_stabilised_scaling_by_hand(llama):
