@@ -7,11 +7,14 @@ Counterfactual Tuning". Read llama.py, lora.py and data.py before this file, eva
     python cetrec.py --data ml-100k --data-dir data             MovieLens 100K
     python cetrec.py --data movielens --model path/to/Llama-3   the paper's setting
     python cetrec.py --eval-only runs/synthetic-rope-1          evaluate a finished run again
+    python cetrec.py --explain runs/synthetic-rope-1 7          one test user in both worlds
+    python cetrec.py --recommend runs/synthetic-rope-1 "Dusty Canyon" "Dusty Canyon 4"
 
 Shapes: B batch, T tokens, C width, V vocabulary, M supervised positions.
 """
 
 import argparse
+import ctypes
 import hashlib
 import json
 import math
@@ -29,13 +32,15 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
+from safetensors.numpy import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (IGNORE, NO_ITEM, Batch, DataOptions, Sequences, Tokenizer, check_context, collate,
                   data_flags, data_options, encode_example, encode_examples, exit_status, load_data,
                   make_splits, show_prompt, tiny_tokenizer)
-from evaluate import evaluate_order, format_result
+from datasets import FORMATS
+from evaluate import Decoding, evaluate_order, format_result
 from llama import KVCache, Llama, LlamaConfig, find_checkpoint, load_llama, save_llama
 from lora import ALL_LINEAR, LoraConfig, add_lora, load_lora, lora_parameters, save_lora
 
@@ -93,8 +98,12 @@ class TemporalLlama(nn.Module):
         self.llama, self.kind, self.scale = llama, kind, scale
         self.tokenizer, self.index = tokenizer, index
 
-    def forward(self, tokens: Tensor, item_pos: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Hidden states after the final norm.  (B, T), (B, T) -> (B, T, C)"""
+    def forward(self, tokens: Tensor, item_pos: Tensor, cache: KVCache | None = None,
+                wanted: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm.  (B, T), (B, T) -> (B, T, C)
+
+        Of the places wanted (B, A) only, if given: -> (B, A, C).
+        """
         tok_emb, positions = self.llama.embed(tokens), None
         k = item_pos.clamp(min=0)
         if self.kind == "rope":
@@ -104,7 +113,8 @@ class TemporalLlama(nn.Module):
             tok_emb = tok_emb + (temporal_emb * (item_pos != NO_ITEM)[..., None]).to(tok_emb.dtype)
         elif self.kind == "rope-attention":
             positions = self.llama.positions(tokens.shape[1], cache, tokens.device) + k
-        return self.llama(None, embeddings=tok_emb, positions=positions, cache=cache)
+        return self.llama(None, embeddings=tok_emb, positions=positions, cache=cache,
+                          wanted=wanted)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) float32"""
@@ -132,16 +142,19 @@ def world_logits(model: TemporalLlama, batch: Batch, *worlds: Tensor) -> tuple[T
     """Logits at the supervised positions for each given item_pos (B, T).  -> (M, V) each, float32
 
     One pass for all worlds. What all rows have in common before the first item is run once; its
-    keys and values carry gradients and serve every row of every world.
+    keys and values carry gradients and serve every row of every world. The last block and the
+    logits work where there is a target only.
     """
     prefix, cache = batch.prefix, KVCache()
     if prefix:
         model(batch.tokens[:1, :prefix], batch.item_pos[:1, :prefix], cache=cache)
     cache.read_only = True
-    tokens = batch.tokens[:, prefix:].repeat(len(worlds), 1)
-    hidden = model(tokens, torch.cat(worlds)[:, prefix:], cache=cache)
-    supervised = batch.labels[:, prefix:] != IGNORE
-    return tuple(model.logits(world[supervised]) for world in hidden.chunk(len(worlds)))
+    tokens, wanted = (x.repeat(len(worlds), 1) for x in (batch.tokens[:, prefix:],
+                                                         batch.places - prefix))
+    hidden = model(tokens, torch.cat(worlds)[:, prefix:], cache=cache, wanted=wanted)
+    answers = torch.cat([world.flatten(0, 1)[batch.supervised]              # (B, A, C) -> (M, C)
+                         for world in hidden.chunk(len(worlds))])
+    return model.logits(answers).chunk(len(worlds))
 
 
 def twin_forward(model: TemporalLlama, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -170,14 +183,36 @@ def counterfactual_loss(logits_f: Tensor, logits_cf: Tensor, targets: Tensor) ->
 def cetrec_loss(model: TemporalLlama, batch: Batch,
                 lambda_ct: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """(L, L_TA, L_CT), L = L_TA + λ L_CT.  Eq. 10.  λ = 0 runs one world only: L_CT is None."""
-    targets = batch.labels[batch.labels != IGNORE]
     if lambda_ct == 0:
-        loss_ta = temporal_aware_loss(*world_logits(model, batch, batch.item_pos), targets)
+        loss_ta = temporal_aware_loss(*world_logits(model, batch, batch.item_pos), batch.targets)
         return loss_ta, loss_ta, None
     logits_f, logits_cf = twin_forward(model, batch)
-    loss_ta = temporal_aware_loss(logits_f, targets)
-    loss_ct = counterfactual_loss(logits_f, logits_cf, targets)
+    loss_ta = temporal_aware_loss(logits_f, batch.targets)
+    loss_ct = counterfactual_loss(logits_f, logits_cf, batch.targets)
     return loss_ta + lambda_ct * loss_ct, loss_ta, loss_ct
+
+
+@torch.no_grad()
+def answer_log_likelihood(model: TemporalLlama, sequences: Sequences,
+                          batch_size: int = 64) -> np.ndarray:
+    """log p of each answer with its EOS in the factual and the erased world; their difference is
+    the effect of order on it, CE_T of Eq. 7.  -> (len(sequences), 2)
+    """
+    device, n = next(model.parameters()).device, len(sequences)
+    examples = encode_examples(
+        model.tokenizer, [sequences.words(sequences.history(i)) for i in range(n)],
+        sequences.words(sequences.items[sequences.targets]), sequences.domain,
+        [sequences.ages(i) for i in range(n)])
+    order = sorted(range(n), key=lambda i: len(examples[i].tokens))
+    out = np.zeros((n, 2))
+    for chunk in (order[i:i + batch_size] for i in range(0, n, batch_size)):
+        batch = collate([examples[i] for i in chunk], model.tokenizer.pad_id).to(device)
+        rows = batch.supervised // batch.places.shape[1]
+        for world, logits in enumerate(twin_forward(model, batch)):
+            log_p = -F.cross_entropy(logits, batch.targets, reduction="none")
+            total = torch.zeros(len(chunk), device=device).index_add_(0, rows, log_p)
+            out[chunk, world] = total.cpu().numpy()
+    return out
 
 
 # ----------------------------------------------------------------------------------------------
@@ -282,6 +317,16 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next step, instead of giving it back to the system
+    and asking for it again page by page. Does nothing with other C libraries.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)       # the largest value it takes
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, options: "Options",
           folder: Path) -> dict:
     """Tune the LoRA factors Φ by Eq. 10; the best epoch by validation L_TA stays in the model.
@@ -293,42 +338,42 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, opti
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=options.lr, weight_decay=0.0)
     per_epoch = math.ceil(len(train_set) / options.batch_size)
     total = min(options.epochs * per_epoch, options.max_steps or math.inf)
-    step, losses, waited, started = 0, [], 0.0, time.perf_counter()
+    step, losses, waited, started, pending = 0, [], 0.0, time.perf_counter(), []
     bar = tqdm(total=total, desc="tuning", unit="step", disable=None, leave=False)
     with open(folder / "log.jsonl", "w", encoding="utf-8") as log, bar:
         while step < total:
             model.train()
-            asked = time.perf_counter()
+            asked = since = time.perf_counter()
             for batch in batches(model.tokenizer, train_set, options.batch_size, rng):
                 # rate, both worlds, one loss
-                step, clock = step + 1, time.perf_counter()
-                waited += clock - asked
+                step, waited = step + 1, waited + time.perf_counter() - asked
                 lr = learning_rate(step, total, options.lr, options.warmup)
                 loss, loss_ta, loss_ct = cetrec_loss(model, batch.to(device), options.lambda_ct)
 
                 # backward, clip, step
                 optimizer_step(optimizer, loss, lr)
 
-                # log
-                entry = {"step": step, "loss": loss.item(), "loss_ta": loss_ta.item(),
-                         "loss_ct": None if loss_ct is None else loss_ct.item(), "lr": lr,
-                         "ms": 1000 * (time.perf_counter() - clock)}
-                log.write(json.dumps(entry) + "\n")
+                # log; a GPU is waited for at printed steps only
+                pending.append((step, lr, loss.detach(), loss_ta.detach(),
+                                None if loss_ct is None else loss_ct.detach()))
                 bar.update()
                 if step % max(1, total // 20) == 0 or step in (1, total):
-                    left = (time.perf_counter() - started) / step * (total - step)
+                    entry = write_steps(log, pending, since, folder)
+                    since, pending = time.perf_counter(), []
+                    left = (since - started) / step * (total - step)
                     bar.write(log_line(entry, total, options.lambda_ct, peak_memory(device), left),
                               file=sys.stdout)
-                if not math.isfinite(entry["loss"]):
-                    raise ValueError(f"loss is {entry['loss']} at step {step}; try a smaller --lr "
-                                     f"or --lambda-ct. The best adapter, if any, is in {folder}")
                 if step == total:
                     break
                 asked = time.perf_counter()
 
             # validate, save
+            if pending:
+                write_steps(log, pending, since, folder)
+                pending = []
             losses.append(validation_loss(model, valid_set, options.batch_size))
             best = losses[-1] == min(losses)
+            log.write(json.dumps({"step": step, "validation_ta": losses[-1]}) + "\n")
             bar.write(f"epoch {len(losses)} | validation ta {losses[-1]:.4f}"
                       f"{' | best so far, adapter saved' if best else ''}", file=sys.stdout)
             if not best:
@@ -341,6 +386,21 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, opti
     seconds = time.perf_counter() - started
     return {"steps": step, "validation_ta": losses, "seconds": seconds,
             "share_waiting_for_data": waited / seconds}
+
+
+def write_steps(log, pending: list[tuple], since: float, folder: Path) -> dict:
+    """A line of log.jsonl for each (step, rate, L, L_TA, L_CT or None); ms is their mean, with the
+    wait for data, since then. Returns the last. Raises ValueError for a loss that is not finite.
+    """
+    values = [[None if x is None else float(x) for x in losses] for _, _, *losses in pending]
+    ms = 1000 * (time.perf_counter() - since) / len(pending)
+    for (step, lr, *_), (loss, ta, ct) in zip(pending, values):
+        entry = {"step": step, "loss": loss, "loss_ta": ta, "loss_ct": ct, "lr": lr, "ms": ms}
+        log.write(json.dumps(entry) + "\n")
+        if not math.isfinite(loss):
+            raise ValueError(f"loss is {loss} at step {step}; try a smaller --lr or --lambda-ct. "
+                             f"The best adapter, if any, is in {folder}")
+    return entry
 
 
 def log_line(entry: dict, total: int, lambda_ct: float, memory: float, left: float) -> str:
@@ -485,10 +545,14 @@ class Options(DataOptions):
     warmup: int
     max_steps: int
     recompute: bool
+    compile: bool
+    decode: str
     beams: int
     length_penalty: float
-    eval_sequences: int
+    ground_with: str
+    ground_list: str
     exclude_history: bool
+    eval_sequences: int
     device: str
     dtype: str
 
@@ -501,6 +565,12 @@ class Options(DataOptions):
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; wanted a "
                                  f"finite number of at least {low}")
         LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
+        self.decoding()
+
+    def decoding(self) -> Decoding:
+        """The flags of the same names."""
+        return Decoding(self.decode, self.beams, self.length_penalty, self.exclude_history,
+                        self.ground_with, self.ground_list)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -547,6 +617,9 @@ def parser() -> argparse.ArgumentParser:
          metavar="N")
     flag("--warmup", "steps of linear warm-up, then linear decay", type=int, metavar="N")
     flag("--max-steps", "stop tuning after N steps; 0 = no limit", "0", type=int, metavar="N")
+    flag("--compile", "let torch.compile make kernels for the blocks; the first steps take up to "
+         "minutes, and CPUs want a C++ compiler", "no",
+         action=argparse.BooleanOptionalAction)
     flag("--recompute", "run each block again in the backward pass instead of keeping its "
          "activations: less memory, about 40 %% more time", "no",
          action=argparse.BooleanOptionalAction)
@@ -554,15 +627,31 @@ def parser() -> argparse.ArgumentParser:
     group = ap.add_argument_group("evaluation")
     flag("--eval-sequences", "seeded sample of the test split; 0 = all", "1000", type=int,
          metavar="N")
-    flag("--beams", "beams of generation, §5.1.4", "5", type=int, metavar="W")
+    flag("--decode", "beams: free text, grounded in the catalogue (§5.1.4); beyond the paper, "
+         "trie: beams on the catalogue's titles, ranked by log-probability; exact: the "
+         "log-probability of every title", "beams; exact with --recommend and --explain",
+         choices=["beams", "trie", "exact"])
+    flag("--beams", "beams of generation, §5.1.4", "5; 10 with --decode trie", type=int,
+         metavar="W")
     flag("--length-penalty", "a beam's score is its summed log-probability over its number of "
          "tokens to this power: 1 as in CFT favours long titles, 0 does not (D10)", type=float,
          metavar="P")
+    flag("--ground-with", "weights that embed texts and titles: tuned, as CFT, or base, without "
+         "the factors, as BIGRec (D11)", "tuned", choices=["tuned", "base"])
+    flag("--ground-list", "merged: the beams' neighbours in turn, as CFT; single: those of the "
+         "best beam, as BIGRec (D7)", "merged", choices=["merged", "single"])
     flag("--exclude-history", "leave items of the history out of the ranking, §5.1.2", "yes",
          action=argparse.BooleanOptionalAction)
     flag("--eval-only", "evaluate the adapter in this run folder again, on its own data and base; "
-         "goes with the flags of this group, --device, --dtype, and --model where the base has "
-         "moved", "tune first", metavar="RUN")
+         "goes with the flags of this group, --data-dir, --device, --dtype, and --model where the "
+         "base has moved", "tune first", metavar="RUN")
+
+    group = ap.add_argument_group("look (instead of a run)")
+    flag("--recommend", "ten titles with their probabilities in both worlds, for a history given "
+         "oldest first; near matches will do. WHERE is a run; or an adapter, with --model and "
+         "--data; or a base, with --data", "off", nargs="+", metavar=("WHERE", "TITLE"))
+    flag("--explain", "test sequence N of a run, counted from 0: the prompt, the worlds token by "
+         "token, both losses, the top five", "off, N 0", nargs="+", metavar=("RUN", "N"))
 
     group = ap.add_argument_group("run")
     flag("--device", "auto takes cuda, then mps, then cpu", "auto",
@@ -572,6 +661,20 @@ def parser() -> argparse.ArgumentParser:
          "files", "auto", choices=["auto", "stored", "float32", "bfloat16", "float16"])
     flag("--out", "folder for run folders and tiny bases", "runs", metavar="DIR")
     return ap
+
+
+DECODING = {"decode", "beams", "length_penalty", "ground_with", "ground_list", "exclude_history"}
+
+
+def check_decoding(given: dict, decode: str) -> dict:
+    """The flags given, with the number of beams that goes with --decode. Raises on contradictions.
+    """
+    for name in ("beams", "length_penalty", "ground_with", "ground_list"):
+        takes = ("beams", "trie") if name == "beams" else ("beams",)
+        if name in given and decode not in takes:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --decode {' or '.join(takes)}; "
+                             f"with {decode} drop it")
+    return {"beams": 10 if decode == "trie" else 5} | given
 
 
 def fill_in(given: dict) -> Options:
@@ -587,32 +690,45 @@ def fill_in(given: dict) -> Options:
             print("--temporal none leaves one world only: λ is 0 in this run (w.o. Both = BIGRec)")
         given["lambda_ct"] = 0.0
     defaults = {"model": "tiny", "temporal": "rope", "lambda_ct": 0.1, "sinpe_scale": 1.0,
-                "max_steps": 0, "recompute": False, "beams": 5, "eval_sequences": 1_000,
-                "exclude_history": True, "device": "auto", "dtype": "auto"}
+                "max_steps": 0, "recompute": False, "compile": False, "decode": "beams",
+                "ground_with": "tuned", "ground_list": "merged", "exclude_history": True,
+                "eval_sequences": 1_000, "device": "auto", "dtype": "auto"}
+    given = check_decoding(given, given.get("decode", "beams"))
     return Options(**(data | defaults | preset(given.get("model", "tiny"), data["data"]) | given))
 
 
-def read_run(run_folder: Path, given: dict) -> tuple[Options, Path]:
-    """Options of a run, with the flags that --eval-only may change, and the folder of its base."""
-    allowed = {"beams", "length_penalty", "eval_sequences", "exclude_history", "device", "dtype",
-               "model"}
+def read_run(run_folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Options, Path]:
+    """Options of a run, with the flags that may differ from it, and the folder of its base."""
+    allowed = DECODING | {"eval_sequences", "data_dir", "device", "dtype", "model"}
     if extra := sorted(given.keys() - allowed):
         names = ", ".join("--" + name.replace("_", "-") for name in extra)
-        raise ValueError(f"--eval-only takes data, base and tuning from the run; it does not go "
-                         f"with {names}")
+        raise ValueError(f"{flag} takes data, base and tuning from the run; it does not go with "
+                         f"{names}")
     record = run_folder / "run.json"
     if not record.is_file():
-        raise FileNotFoundError(f"{record}: not found; --eval-only wants the folder of a run")
+        raise FileNotFoundError(f"{record}: not found; {flag} wants the folder of a run")
     try:
         saved = json.loads(record.read_text(encoding="utf-8"))
         tuned = saved["options"] | {"lora_targets": tuple(saved["options"]["lora_targets"])}
-        base = Path(saved["base"])      # a tiny base lies beside the runs that use it
-        base = run_folder.parent / base if tuned["model"] == "tiny" else base
-        if "model" in given or not base.exists() and tuned["model"] != "tiny":
-            base = find_checkpoint(given.pop("model", tuned["model"]))
-        return Options(**(tuned | given)), base
+        base, model = Path(saved["base"]), tuned["model"]
+        decode = tuned["decode"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{record}: not the record of a run ({error})") from None
+        raise ValueError(f"{record}: not the record of a run of this version ({error!r})") from None
+    if given.get("decode", decode) != decode:           # what was given for the other way is void
+        tuned |= {"beams": 5, "ground_with": "tuned", "ground_list": "merged"}
+        given = check_decoding(given, given["decode"])
+    else:
+        check_decoding(given, decode)
+    if "data_dir" in given and tuned["data"] not in FORMATS:
+        raise ValueError("--data-dir goes with a public data set; this run's data are "
+                         f"{tuned['data']}")
+    base = run_folder.parent / base if model == "tiny" else base    # it lies beside its runs
+    if "model" in given or not base.exists() and model != "tiny":
+        base = find_checkpoint(given.get("model", model))
+    try:
+        return Options(**(tuned | given | {"model": model})), base
+    except TypeError as error:
+        raise ValueError(f"{record}: not the record of a run of this version ({error})") from None
 
 
 def choose_device(options: Options) -> tuple[torch.device, torch.dtype | None]:
@@ -652,52 +768,62 @@ def new_folder(out: Path, name: str) -> Path:
     return folder
 
 
-def run(options: Options, out: Path, evaluate_run: Path | None = None,
-        base: Path | None = None) -> None:
-    """One run from data to table; with evaluate_run, of the adapter there on the given base."""
-    check_writable(evaluate_run or out)
+def open_model(options: Options, source: Path, adapter: Path | None = None,
+               fits: tuple[Sequences, ...] = ()) -> TemporalLlama:
+    """The base and, if given, its adapter, for evaluation; says what it read.
+
+    Raises ValueError, before weights are read, if a prompt of `fits` is longer than the context.
+    """
     device, dtype = choose_device(options)
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     print(f"device {device}{threads} | frozen weights "
           f"{'as stored' if dtype is None else str(dtype).removeprefix('torch.')} | "
           f"torch {torch.__version__}")
-    interactions, world = load_data(options)
-    (train_set, valid_set, test_set), record = make_splits(interactions, options)
-
-    # base and adapter
-    if base:
-        source = base
-    elif options.model == "tiny":
-        source = tiny_base(out, train_set, options.seed, device,
-                           TINY_BASES.get(options.data, TinyBase()))
-    else:
-        source = find_checkpoint(options.model)
     config, tokenizer = LlamaConfig.from_folder(source), Tokenizer.from_folder(source)
-    for part in (train_set, valid_set, test_set):
+    for part in fits:
         check_context(tokenizer, part, config.max_position_embeddings)
     started = time.perf_counter()
     llama = load_llama(source, device, dtype)
     llama.recompute = options.recompute
+    if options.compile:
+        llama.compiled = torch.compile(lambda block, *inputs: block(*inputs), dynamic=True)
     first = tokenizer.bpe.encode("The").ids[0]
     bos = f"begin with BOS {first}" if first == tokenizer.bos_id else "have no BOS"
     print(f"base {source} | fingerprint {llama.fingerprint} | {config.vocab_size:,} tokens, "
           f"prompts {bos} | read in {time.perf_counter() - started:.1f} s")
     model = TemporalLlama(llama, options.temporal, options.sinpe_scale, tokenizer, options.index)
+    if adapter:
+        load_adapter(model, adapter)
+    return model.eval()
+
+
+def run(options: Options, out: Path, evaluate_run: Path | None = None,
+        base: Path | None = None) -> None:
+    """One run from data to report; with evaluate_run, of the adapter there on the given base."""
+    check_writable(evaluate_run or out)
+    device, _ = choose_device(options)
+    interactions, world = load_data(options)
+    (train_set, valid_set, test_set), record = make_splits(interactions, options)
+
+    # base and adapter
+    if base is None and options.model == "tiny":
+        base = tiny_base(out, train_set, options.seed, device,
+                         TINY_BASES.get(options.data, TinyBase()))
+    source = base or find_checkpoint(options.model)
+    model = open_model(options, source, evaluate_run, (train_set, valid_set, test_set))
     torch.manual_seed(options.seed)
-    if evaluate_run:
-        load_adapter(model, evaluate_run)
-    else:
+    if not evaluate_run:
         add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout,
                  options.lora_targets)
     trainable = sum(p.numel() for p in lora_parameters(model))
     total = sum(p.numel() for p in model.parameters())
     print(f"parameters | {trainable:,} trainable of {total:,} ({100 * trainable / total:.1f} %) | "
           f"temporal {options.temporal} | λ = {options.lambda_ct:g}")
-    example = encode_example(tokenizer, train_set.words(train_set.history(0)),
+    example = encode_example(model.tokenizer, train_set.words(train_set.history(0)),
                              train_set.titles[train_set.target(0)], train_set.domain,
                              train_set.ages(0))
     print(f"a training prompt, each item ⟨marked⟩ with its index k\n{'-' * 80}\n"
-          f"{show_prompt(tokenizer, example)}\n{'-' * 80}")
+          f"{show_prompt(model.tokenizer, example)}\n{'-' * 80}")
 
     # tune
     name = source.name if options.model == "tiny" else str(source)
@@ -713,12 +839,44 @@ def run(options: Options, out: Path, evaluate_run: Path | None = None,
                                  folder)
 
     # evaluate
-    record["metrics"] = evaluate_order(
-        model, train_set, sample(test_set, options.eval_sequences, options.seed), world,
-        options.beams, options.length_penalty, options.exclude_history)
+    test_set = sample(test_set, options.eval_sequences, options.seed)
+    worlds = None if options.temporal == "none" else answer_log_likelihood(model, test_set)
+    metrics, arrays = evaluate_order(model, train_set, test_set, world, options.decoding(), worlds)
+    history = test_set.history(0)
+    metrics |= {"vocabulary": model.llama.config.vocab_size,
+                "history_titles": test_set.words(history)}
+    record["metrics"] = metrics
+    arrays |= temporal_picture(model, test_set.ages(0), len(history))
+    write_json(folder / "catalogue.json", {"domain": test_set.domain, "titles": test_set.titles})
+    metrics["arrays"] = save_arrays(arrays, folder / "evaluation.safetensors")
     write_json(folder / ("eval.json" if evaluate_run else "run.json"), record)
-    print(format_result(record["metrics"]))
-    print(f"run folder {folder}")
+    print(format_result(metrics))
+    from experiments.report import Run, write_report
+    print(write_report([Run.from_folder(folder)], folder))
+
+
+def temporal_picture(model: TemporalLlama, ages, items: int) -> dict[str, np.ndarray]:
+    """What distinguishes the worlds, for the items of one history, oldest first: p_k of Eq. 3 with
+    its scale, or cos and sin of the angles R_k of Eq. 4 turns by, laid out alike.
+    """
+    if model.kind == "none":
+        return {}
+    k = torch.arange(items - 1, -1, -1) if ages is None else torch.as_tensor(ages)
+    llama = model.llama.config
+    width = llama.head_dim if model.kind == "rope-attention" else llama.hidden_size
+    scale = model.scale if model.kind == "sinpe" else 1.0
+    worlds = {"factual": k, "erased": erase_order(k)}
+    return {"temporal/k": k.float().numpy()} | {
+        f"temporal/{name}": (scale * sinusoidal(pos, width)).float().numpy()
+        for name, pos in worlds.items()}
+
+
+def save_arrays(arrays: dict[str, np.ndarray], path: Path) -> str:
+    """Write a safetensors file that is either whole or not there. Returns its SHA-256."""
+    part = path.with_name(path.name + ".part")
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part)
+    os.replace(part, path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def sample(sequences: Sequences, n: int, seed: int) -> Sequences:
@@ -735,7 +893,22 @@ def main(argv: list[str] | None = None) -> int:
              if value is not None}
 
     def work() -> None:
-        if "eval_only" in given:
+        keep_freed_memory()
+        modes = [mode for mode in ("eval_only", "recommend", "explain") if mode in given]
+        if len(modes) > 1:
+            raise ValueError(f"{' and '.join('--' + m.replace('_', '-') for m in modes)}: one at a "
+                             "time")
+        if "recommend" in given:
+            from experiments.look import recommend
+            where, *titles = given.pop("recommend")
+            recommend(where, titles, given)
+        elif "explain" in given:
+            from experiments.look import explain
+            folder, *number = given.pop("explain")
+            if len(number) > 1:
+                raise ValueError(f"--explain takes RUN and N; got {len(number) - 1} more")
+            explain(Path(folder), *(number or ["0"]), given)
+        elif "eval_only" in given:
             folder = Path(given.pop("eval_only"))
             options, base = read_run(folder, given)
             run(options, folder.parent, folder, base)

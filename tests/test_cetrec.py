@@ -310,6 +310,9 @@ def test_title_labels_supervise_history_titles_and_the_answer(batch):
             assert labelled.labels[row, t] == wanted
     assert (labelled.labels[:, :labelled.prefix] == IGNORE).all()
     assert (labelled.labels[:, labelled.prefix] != IGNORE).any()
+    rows = torch.arange(3)[:, None].expand_as(labelled.places).flatten()[labelled.supervised]
+    places = labelled.places.flatten()[labelled.supervised]     # from the first column on
+    assert torch.equal(torch.stack((rows, places), 1), (labelled.labels != IGNORE).nonzero())
 
 
 def options(**changes):
@@ -323,8 +326,11 @@ def test_training_lowers_the_loss_keeps_the_best_epoch_and_writes_it(tmp_path, t
     model = temporal("rope")
     add_lora(model, rank=4, targets=("q_proj", "v_proj", "down_proj"))
     result = train(model, train_set, valid_set, options(), tmp_path)
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    log = [line for line in lines if "loss" in line]
     assert [entry["step"] for entry in log] == list(range(1, result["steps"] + 1))
+    assert [line["validation_ta"] for line in lines if "validation_ta" in line] == (
+        result["validation_ta"])
     assert log[-1]["loss_ta"] < log[0]["loss_ta"] - 0.3
     assert log[0]["loss"] == pytest.approx(log[0]["loss_ta"] + 0.1 * log[0]["loss_ct"], abs=1e-4)
     kept = cetrec.validation_loss(model, valid_set, 16)

@@ -1,6 +1,7 @@
 """The whole main path on a few steps, and every error a user can cause from the command line."""
 
 import json
+import re
 import subprocess
 import sys
 import urllib.error
@@ -39,22 +40,43 @@ def test_the_main_path_then_eval_only_repeats_its_numbers(tmp_path, capsys):
     for wanted in ("device ", "trainable of", "paper's Table 2", "[k=0, tokens", "step     3/3",
                    "change under reversal", "popularity", "co-occurrence, whole history",
                    "best possible, order-aware", "best possible, order-blind",
-                   "test: 40 sequences, all 300 items ranked, history excluded, 2 beams, length",
-                   f"run folder {folder}"):
+                   "test: 40 sequences, all-ranking of 300 items, history excluded, 2 beams",
+                   "change when shuffled", "history of 4 to 6 (", "effect of order (Eq. 7)",
+                   f"report {folder}/report.html"):
         assert wanted in text, wanted
     record = json.loads((folder / "run.json").read_text())
     assert record["options"]["lambda_ct"] == 0.1 and record["tuning"]["steps"] == 3
     assert {"torch", "python"} <= record["versions"].keys() and record["counts"]["train"] == 200
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "log.jsonl", "run.json",
-        "temporal.json"]
+    assert sorted(p.name for p in folder.iterdir() if p.suffix not in (".png", ".svg")) == [
+        "adapter_config.json", "adapter_model.safetensors", "catalogue.json",
+        "evaluation.safetensors", "log.jsonl", "report.html", "run.json", "temporal.json"]
     assert json.loads((folder / "temporal.json").read_text()) == record["fingerprint"]
     assert main(["--eval-only", str(folder)]) == 0
     again = json.loads((folder / "eval.json").read_text())
     assert again["metrics"] == record["metrics"]
     assert main(["--eval-only", str(folder), "--no-exclude-history",
                  "--eval-sequences", "0"]) == 0
-    assert "892 sequences, all 300 items ranked, history kept" in capsys.readouterr().out
+    assert "892 sequences, all-ranking of 300 items, history kept" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_evaluated_in_three_ways(tmp_path, capsys):
+    """On the trie every list is whole; exact ranks contain what the trie's beams find."""
+    quick = [flag for flag in QUICK if flag not in ("--beams", "2")]
+    assert main([*quick, "--decode", "trie", "--max-steps", "2", "--out", str(tmp_path)]) == 0
+    folder = tmp_path / "synthetic-rope-1"
+    assert "10 beams on the catalogue's titles" in capsys.readouterr().out
+    made = {"trie": load_file(folder / "evaluation.safetensors")}
+    assert main(["--eval-only", str(folder), "--decode", "exact"]) == 0
+    text = capsys.readouterr().out
+    assert "every title's log-likelihood" in text and "of the exact top tens are found" in text
+    made["exact"] = load_file(folder / "evaluation.safetensors")
+    assert main(["--eval-only", str(folder), "--decode", "beams", "--beams", "3"]) == 0
+    assert "3 beams, length penalty 0, grounded with tuned weights" in capsys.readouterr().out
+    for arrays in made.values():
+        lists = arrays["lists/original"]
+        assert (lists >= 0).all() and all(len(set(row)) == 10 for row in lists.tolist())
+        for row, history in zip(lists.tolist(), arrays["history"].tolist()):
+            assert not set(row) & set(history)
 
 
 def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(tmp_path):
@@ -78,9 +100,14 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(tmp_path):
       "--device", "cpu"],
      {"lora_rank": 2, "lora_targets": ["q_proj", "o_proj"], "dtype": "bfloat16", "epochs": 2}),
     (["--recompute", "--dtype", "stored"], {"recompute": True, "dtype": "stored"}),
+    (["--compile"], {"compile": True}),
+    (["--ground-with", "base", "--ground-list", "single", "--length-penalty", "1"],
+     {"ground_with": "base", "ground_list": "single", "length_penalty": 1.0}),
 ])
 def test_every_flag_reaches_the_run(tmp_path, capsys, flags, wanted, monkeypatch):
-    recomputed = []
+    recomputed, compiled = [], []
+    monkeypatch.setattr(torch, "compile", lambda call, dynamic: lambda *inputs: compiled.append(
+        1) or call(*inputs))
     monkeypatch.setattr("llama.checkpoint", lambda block, *inputs, **rest: recomputed.append(1) or
                         checkpoint(block, *inputs, **rest))
     assert main([*QUICK, *flags, "--max-steps", "1", "--eval-sequences", "5", "--out",
@@ -88,6 +115,7 @@ def test_every_flag_reaches_the_run(tmp_path, capsys, flags, wanted, monkeypatch
     record = json.loads(next(tmp_path.glob("synthetic-*/run.json")).read_text())
     assert {key: record["options"][key] for key in wanted} == wanted
     assert bool(recomputed) == wanted.get("recompute", False)
+    assert bool(compiled) == wanted.get("compile", False)
     if "none" in flags:
         assert "λ is 0 in this run" in capsys.readouterr().out
 
@@ -110,7 +138,7 @@ def test_a_checkpoint_folder_serves_as_model_and_movielens_as_data(tmp_path, cap
     assert record["steps"] == ["5-core: 108 interactions, 12 users, 20 items"]
     assert set(record["checksums"]) == {"ratings.dat", "movies.dat"}
     text = capsys.readouterr().out
-    assert "192,483 sequences" in text and "all 20 items ranked" in text
+    assert "192,483 sequences" in text and "all-ranking of 20 items" in text
 
 
 def test_a_run_on_ones_own_folder_is_written_below_out(tmp_path, capsys, monkeypatch):
@@ -124,7 +152,7 @@ def test_a_run_on_ones_own_folder_is_written_below_out(tmp_path, capsys, monkeyp
                  "--max-steps", "1", "--out", str(tmp_path / "runs")]) == 0
     assert sorted(path.name for path in mine.iterdir()) == ["interactions.csv", "items.csv"]
     run = tmp_path / "runs" / "mine-rope-1"
-    assert f"run folder {run}" in capsys.readouterr().out
+    assert f"report {run}/report.html" in capsys.readouterr().out
     assert main(["--eval-only", str(run)]) == 0
 
 
@@ -193,6 +221,10 @@ def no_network(*args, **kwargs):
     (["--model", "nowhere"], "nowhere/config.json: not found"),
     (["--device", "cuda"], "--device cuda: this PyTorch sees no such device"),
     (["--device", "mps"], "--device mps: this PyTorch sees no such device"),
+    (["--decode", "trie", "--beams", "5"], "5 beams on the trie make lists of 5"),
+    (["--decode", "exact", "--beams", "5"], "--beams goes with --decode beams or trie"),
+    (["--decode", "trie", "--ground-list", "single"], "--ground-list goes with --decode beams"),
+    (["--explain", "x", "--eval-only", "y"], "--eval-only and --explain: one at a time"),
     (["--eval-only", "nowhere"], "run.json: not found"),
     (["--eval-only", "x", "--lr", "1"], "does not go with --lr"),
 ])
@@ -243,13 +275,22 @@ def test_help_names_every_option_with_its_default(capsys):
     assert stop.value.code == 0
     for field in cetrec.Options.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in text
-    assert text.count("default: ") == len(cetrec.Options.__dataclass_fields__) + 2
+    others = ("eval-only", "recommend", "explain", "out")
+    assert all(f"--{name}" in text for name in others)
+    assert text.count("default: ") == len(cetrec.Options.__dataclass_fields__) + len(others)
 
 
 def test_the_benchmark_measures_what_it_can_and_says_what_it_cannot(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "experiments.benchmark", "--steam-lines", "3000",
-                           "--data-dir", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    """Data only here: the other sections take minutes."""
+    command = [sys.executable, "-m", "experiments.benchmark", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, "data", "evaluation", "--steam-lines", "3000", "--data-dir",
+                           str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for wanted in ("ML-1M, text to split     not measured: ", "Steam, reading ", " prompts/s, ",
-                   "loop waits for data "):
-        assert wanted in done.stdout, done.stdout
+    for wanted in ("ML-1M, text to split .* not measured: ", "Steam, reading ", " prompts/s, ",
+                   "loop waits for data ", "not measured: name a finished run with --run"):
+        assert re.search(wanted, done.stdout), done.stdout
+    assert set(json.loads((tmp_path / "out" / "benchmark.json").read_text())) == {"data",
+                                                                                   "evaluation"}
+    for flags in (["nonsense"], ["tuning", "--shapes", "huge"]):
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
