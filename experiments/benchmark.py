@@ -1,30 +1,399 @@
-"""Speed and memory, each figure with its workload; nothing here is part of the method.
+"""Speed and memory beside other stacks and beside the machine's limit; nothing here is the method.
 
-    python -m experiments.benchmark --data-dir data         data preparation
+    python -m experiments.benchmark                             all that needs no data, 10 minutes
+    python -m experiments.benchmark tuning generation           some of it
+    python -m experiments.benchmark evaluation --run runs/ml-100k-rope-1 --data-dir data
+    python -m experiments.benchmark tuning generation --device cuda --shapes 8b
 
-Every measurement runs in a process of its own, so that peak memory is its own. What cannot run here
-(a data set that is not there) says "not measured".
+Contenders work in processes of their own, which keep their model from round to round, and take
+turns, one working while the others wait: a busy machine slows all alike. A time is the median over
+rounds, a ratio the median of the rounds' ratios; memory is the peak of a process less what it held
+before its model was made. What cannot run here says "not measured". transformers and peft are
+wanted for their own rows only.
 """
 
 import argparse
 import contextlib
 import gzip
+import importlib
+import importlib.util
 import multiprocessing
 import platform
+import random
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from cetrec import (TINY_BASES, TemporalLlama, batches, cetrec_loss, learning_rate, optimizer_step,
-                    peak_memory, tiny_base)
-from data import SyntheticWorld, Tokenizer, make_sequences, split_by_time, tiny_tokenizer
+import cetrec
+import llama
+import lora
+from cetrec import (TINY_BASES, TemporalLlama, batches, cetrec_loss, erase_order,
+                    keep_freed_memory, learning_rate, optimizer_step, peak_memory, rotary,
+                    tiny_base, world_logits)
+from data import (GENRES, IGNORE, NO_ITEM, Batch, Example, SyntheticWorld, Tokenizer, collate,
+                  make_sequences, split_by_time, tiny_tokenizer)
 from datasets import load_interactions, prepare
-from llama import load_llama
+from evaluate import Recommender, Trie, beam_search, catalogue_log_likelihood, nearest
+from llama import Llama, LlamaConfig, load_llama, save_llama
 from lora import ALL_LINEAR, add_lora, lora_parameters
+
+SHAPES = {      # width, layers, heads, key/value heads, inner width, vocabulary, tied
+    "tiny": (128, 4, 4, 4, 384, 4_096, True),
+    "135m": (576, 30, 9, 3, 1_536, 49_152, True),
+    "8b": (4_096, 32, 32, 8, 14_336, 128_256, False),
+}
+TEMPLATE = 45       # tokens that all prompts begin with
+LIBRARIES = {"transformers": ("transformers.models.llama.modeling_llama", "transformers.generation",
+                             "peft.tuners.lora")}
+
+
+def shape(name: str, vocabulary: int | None = None) -> LlamaConfig:
+    """The configuration of a named shape, perhaps with another vocabulary."""
+    width, layers, heads, kv_heads, inner, words, tied = SHAPES[name]
+    return LlamaConfig(vocabulary or words, width, inner, layers, heads, kv_heads, width // heads,
+                       4_096, tie_word_embeddings=tied)
+
+
+def examples(config: LlamaConfig, n: int, items: int = 10, seed: int = 0) -> list[Example]:
+    """Made-up prompts: a template, titles of 7 to 13 tokens, a tail, an answer of 6 to 12."""
+    rng = random.Random(seed)
+
+    def words(low: int, high: int) -> list[int]:
+        return [rng.randrange(10, config.vocab_size) for _ in range(rng.randint(low, high))]
+    begin, end, made = words(TEMPLATE, TEMPLATE), words(25, 25), []
+    for _ in range(n):
+        tokens, item_pos = list(begin), [NO_ITEM] * TEMPLATE
+        for k in range(items - 1, -1, -1):
+            title = words(7, 13)
+            tokens, item_pos = tokens + title + [5], item_pos + [k] * len(title) + [NO_ITEM]
+        answer = words(6, 12)
+        made.append(Example(tokens + end + answer, item_pos + [NO_ITEM] * len(end + answer),
+                            [IGNORE] * len(tokens + end) + answer))
+    return made
+
+
+def random_llama(config: LlamaConfig, device: str, dtype: torch.dtype) -> Llama:
+    """Weights as they are initialised, all frozen; made where they stay."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        model = Llama(config)
+        torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------
+# Contenders: functions that make a model and return what a round does
+
+
+def ours_tuning(config, batch_size, device, dtype, without="", lambda_ct=0.1, items=10,
+                drawn=1) -> Callable:
+    """One tuning step of ours; without: the idea left out. -> loss before the step"""
+    if without != "freed memory kept":
+        keep_freed_memory()
+    leave_out(without)
+    model = TemporalLlama(random_llama(config, device, dtype), "rope").train()
+    add_lora(model)
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-4)
+    made = examples(config, drawn * batch_size, items)
+    if without != "rows of similar length together":
+        made.sort(key=lambda example: len(example.tokens))
+    chunks = [collate(made[i:i + batch_size]).to(device) for i in range(0, len(made), batch_size)]
+
+    def step() -> float:
+        for batch in chunks:
+            loss = cetrec_loss(model, batch, lambda_ct)[0]
+            optimizer_step(optimizer, loss, 1e-4)
+        return loss.item()
+    return step
+
+
+IDEAS = ("logits at targets only", "last block at targets only", "common prefix once",
+         "both worlds in one pass", "fused attention", "fused rotation", "fused SwiGLU",
+         "fused norm", "LoRA added in place", "sparse dropout", "freed memory kept",
+         "rows of similar length together")
+
+
+def leave_out(idea: str) -> None:
+    """Put the clear path back in the place of one idea, or of all of them, in this process."""
+    everything = idea == "all of them"
+    if everything or idea == "fused attention":
+        llama.attend_fused = llama.attend_explicit
+    if everything or idea == "fused rotation":
+        llama.rotate_fused = lambda x, cos, sin: llama.rotate(x, cos, sin)
+    if everything or idea == "fused SwiGLU":
+        llama.swiglu_fused = llama.swiglu
+    if everything or idea == "fused norm":
+        llama.rms_norm_fused = llama.rms_norm
+    if everything or idea == "sparse dropout":
+        lora.dropout = F.dropout
+    if everything or idea == "LoRA added in place":
+        def apart(m, x):
+            low = F.linear(F.dropout(x, m.config.dropout, m.training), m.A.to(x.dtype))
+            return F.linear(x, m.weight) + m.scale * F.linear(low, m.B.to(x.dtype))
+        lora.LoraLinear.forward = apart
+    fast = world_logits
+
+    def slow(model, batch: Batch, *worlds):
+        if everything or idea == "both worlds in one pass":
+            passes = [(world,) for world in worlds]
+        else:
+            passes = [worlds]
+        if everything or idea == "common prefix once":
+            batch = replace(batch, prefix=0)
+        if not everything and idea not in ("logits at targets only", "last block at targets only"):
+            return tuple(logits for part in passes for logits in fast(model, batch, *part))
+        done = []
+        for part in passes:         # hidden states everywhere, behind a prefix or not
+            cache = llama.KVCache()
+            if batch.prefix:
+                model(batch.tokens[:1, :batch.prefix], part[0][:1, :batch.prefix], cache=cache)
+            cache.read_only = True
+            tokens = batch.tokens[:, batch.prefix:].repeat(len(part), 1)
+            hidden = model(tokens, torch.cat(part)[:, batch.prefix:], cache=cache)
+            here = (batch.labels[:, batch.prefix:] != IGNORE).repeat(len(part), 1)
+            if idea == "last block at targets only":
+                done += model.logits(hidden[here]).chunk(len(part))
+            else:
+                done += model.logits(hidden)[here].chunk(len(part))
+        return tuple(done)
+    if everything or idea in IDEAS[:4]:
+        cetrec.world_logits = slow
+
+
+def theirs_tuning(config, batch_size, device, dtype) -> Callable:
+    """The same step as users of transformers and peft write it: two forwards, all logits, rows
+    padded on the left.
+    """
+    import peft
+    made = examples(config, batch_size)
+    model = peft.get_peft_model(published(config, device, dtype), peft.LoraConfig(
+        r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM")).train()
+    factors = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(factors, lr=1e-4)
+    T = max(len(e.tokens) for e in made)
+    tokens, mask, labels, item_pos = (torch.tensor(
+        [[fill] * (T - len(e.tokens)) + list(part(e)) for e in made], device=device)
+        for fill, part in ((0, lambda e: e.tokens), (0, lambda e: [1] * len(e.tokens)),
+                           (IGNORE, lambda e: e.labels), (NO_ITEM, lambda e: e.item_pos)))
+    embed, targets = model.get_input_embeddings(), labels[:, 1:].flatten()
+
+    def ce(logits):
+        return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets)
+
+    def step() -> float:
+        factual, erased = (model(inputs_embeds=rotary(embed(tokens), k.clamp(min=0)),
+                                 attention_mask=mask).logits
+                           for k in (item_pos, erase_order(item_pos)))
+        loss = ce(factual) + 0.1 * ce(factual.float() - erased.float())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(factors, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+    return step
+
+
+def published(config, device, dtype):
+    """transformers' model with the weights of random_llama."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        save_llama(random_llama(config, "cpu" if config.hidden_size < 4_096 else device, dtype),
+                   folder)
+        return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+
+
+def ours_generation(config, prompts, new, device, dtype) -> Callable:
+    """Five beams for every prompt. -> sequences"""
+    keep_freed_memory()
+    model = TemporalLlama(random_llama(config, device, dtype), "none").eval()
+    made = [prompt(e) for e in examples(config, prompts)]
+
+    def generate() -> list:
+        return beam_search(model, [(tokens, [NO_ITEM] * len(tokens)) for tokens in made], 5, new,
+                           length_penalty=1.0, eos_ids=[7])[0]
+    return generate
+
+
+def prompt(example: Example) -> list[int]:
+    """Its tokens before the answer."""
+    return [t for t, label in zip(example.tokens, example.labels) if label == IGNORE]
+
+
+def theirs_generation(config, prompts, new, device, dtype) -> Callable:
+    """The same by `generate`, rows padded on the left."""
+    model = published(config, device, dtype).eval()
+    made = [prompt(e) for e in examples(config, prompts)]
+    T = max(map(len, made))
+    tokens = torch.tensor([[0] * (T - len(p)) + p for p in made], device=device)
+    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in made], device=device)
+
+    def generate() -> list:
+        out = model.generate(tokens, attention_mask=mask, num_beams=5, num_return_sequences=5,
+                             max_new_tokens=new, min_new_tokens=4, length_penalty=1.0,
+                             do_sample=False, eos_token_id=7, pad_token_id=0)
+        return out[:, T:].view(prompts, 5, -1).tolist()
+    return generate
+
+
+def made_up_titles(n: int) -> list[str]:
+    """Franchises of eight parts with two or three words to their names."""
+    words = [word for pair in GENRES.values() for text in pair for word in text.split()]
+    titles = []
+    for i in range(n):
+        franchise, part = divmod(i, 8)
+        first, second, third = (franchise // len(words) ** power % len(words) for power in range(3))
+        titles.append(words[first] + " " + words[second] + (f" of {words[third]}" if third else "")
+                      + (f" {part + 1}" if part else ""))
+    return titles
+
+
+def all_titles(titles: int, users: int, apart: bool) -> Callable:
+    """log p of every title for some users, on the tiny shape: by one trie, or each title apart in
+    rows of prompt and title, 32 at a time. -> (users, titles)
+    """
+    keep_freed_memory()
+    names = made_up_titles(titles)
+    tokenizer = tiny_tokenizer(names, np.ones(titles, dtype=int), "movies", 4_096)
+    config = shape("tiny", tokenizer.bpe.get_vocab_size())
+    model = TemporalLlama(random_llama(config, "cpu", torch.float32), "rope", tokenizer=tokenizer)
+    prompts = [(prompt(e), e.item_pos[:len(prompt(e))]) for e in examples(config, users)]
+    trie = Trie(tokenizer, names)
+
+    @torch.inference_mode()
+    def rows() -> list:
+        answers = sorted((answer, items) for answer, items in trie.items.items())
+        scores = torch.zeros(users, titles)
+        for user, (tokens, item_pos) in enumerate(prompts):
+            for start in range(0, len(answers), 32):
+                part = answers[start:start + 32]
+                batch = collate([Example(tokens + list(a), item_pos + [NO_ITEM] * len(a),
+                                         [IGNORE] * len(tokens) + list(a)) for a, _ in part])
+                hidden = model(batch.tokens, batch.item_pos)
+                log_p = -F.cross_entropy(model.logits(hidden).transpose(1, 2), batch.labels,
+                                         reduction="none").sum(dim=1)
+                for value, (_, items) in zip(log_p, part):
+                    scores[user, items] = value
+        return scores.tolist()
+    return rows if apart else lambda: catalogue_log_likelihood(model, prompts, trie).tolist()
+
+
+def grounding(titles: int) -> Callable:
+    """500 texts against a table of titles, width 128. -> nothing"""
+    keep_freed_memory()
+    torch.manual_seed(0)
+    table, texts = torch.randn(titles, 128), torch.randn(500, 128)
+
+    def ground() -> None:
+        nearest(texts, table, 20)
+    return ground
+
+
+def matrix_product(device, dtype, n=4_096) -> Callable:
+    """n x n times n x n. -> FLOP"""
+    a = torch.randn(n, n, device=device).to(dtype)
+
+    def multiply() -> float:
+        torch.mm(a, a)
+        return 2.0 * n ** 3
+    return multiply
+
+
+def flop_count(config: LlamaConfig, batch: Batch) -> float:
+    """FLOP of one twin tuning step as it runs: 4 for each frozen weight that a token passes (2
+    forward, 2 for the gradient of its input), attention and logits likewise; the prefix once, the
+    last block's queries, outputs and MLP at targets only. LoRA's own are left out: under 2 %.
+    """
+    C, D, L = config.hidden_size, config.head_dim, config.num_hidden_layers
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    B, T, prefix, A = *batch.tokens.shape, batch.prefix, batch.places.shape[1]
+    keys = 2 * C * G * D
+    rest = 2 * C * H * D + 3 * C * config.intermediate_size
+    tokens, wanted = 2 * B * (T - prefix) + prefix, 2 * B * A + prefix
+    weights = L * tokens * keys + ((L - 1) * tokens + wanted) * rest
+    seen = 2 * B * (T - prefix) * (T + prefix) / 2          # pairs of query and key, causal
+    attention = 2 * H * D * ((L - 1) * seen + 2 * B * A * T)
+    return 4 * weights + 4 * attention + 4 * 2 * len(batch.targets) * C * config.vocab_size
+
+
+# ----------------------------------------------------------------------------------------------
+# Races
+
+
+@dataclass
+class Timing:
+    """Of one contender: seconds of each round, peak GB, what the first round returned."""
+
+    seconds: list[float]
+    gigabytes: float
+    result: object
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+
+def worker(pipe, modules, contender, arguments) -> None:
+    """A contender's process: make the model, then a round whenever asked."""
+    device = torch.device(arguments.get("device", "cpu"))
+    for module in modules:
+        importlib.import_module(module)
+    before = peak_memory(device)
+    work = contender(**arguments)
+    first = work()
+    for _ in range(2):
+        work()
+    pipe.send(first)
+    while pipe.recv():
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        pipe.send(time.perf_counter() - started)
+    pipe.send(peak_memory(device) - before)
+
+
+def race(contenders: dict, rounds: int) -> dict[str, Timing]:
+    """Let contenders {name: (function, arguments)} take turns, after three rounds of their own."""
+    context, running = multiprocessing.get_context("spawn"), {}
+    for name, (contender, arguments) in contenders.items():
+        ours, its = context.Pipe()
+        modules = LIBRARIES["transformers"] if contender in (theirs_tuning,
+                                                            theirs_generation) else ()
+        process = context.Process(target=worker, args=(its, modules, contender, arguments))
+        process.start()
+        its.close()
+        running[name] = ours, process, Timing([], 0.0, ours.recv())
+    for _ in range(rounds):
+        for pipe, _, timing in running.values():
+            pipe.send(True)
+            timing.seconds.append(pipe.recv())
+    for pipe, process, timing in running.values():
+        pipe.send(False)
+        timing.gigabytes = pipe.recv()
+        process.join()
+    return {name: timing for name, (_, _, timing) in running.items()}
+
+
+def ratio(slow: Timing, fast: Timing) -> float:
+    """Median over rounds of how many times longer the slow one took."""
+    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds))
+
+
+# ----------------------------------------------------------------------------------------------
+# Data preparation
 
 
 def movielens(data_dir: str) -> str:
@@ -94,36 +463,289 @@ def waiting(steps: int) -> str:
             f"{1000 * total / steps:.0f} ms each")
 
 
+# ----------------------------------------------------------------------------------------------
+# Sections: each prints its rows and returns what goes to benchmark.json
+
+
+def have(*modules: str) -> bool:
+    """Are optional packages installed?"""
+    return all(importlib.util.find_spec(module) for module in modules)
+
+
+def row(name: str, *cells: str) -> None:
+    """Print one line of the table."""
+    print(f"  {name:<44} " + " | ".join(cells), flush=True)
+
+
+def timed(timing: Timing, weights: float | None = None) -> str:
+    """Time and memory of a contender, and what of it goes beyond its weights, GB."""
+    beyond = "" if weights is None else f", {timing.gigabytes - weights:.2f} beyond the weights"
+    return f"{1000 * timing.median:9,.0f} ms | {timing.gigabytes:6.2f} GB{beyond}"
+
+
+def weights_of(config: LlamaConfig, dtype: torch.dtype) -> float:
+    """GB."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llama(config).parameters()) * dtype.itemsize / 1e9
+
+
+def tuning(options) -> dict:
+    """The tuning step beside transformers + peft, beside one world, and beside the machine."""
+    found = {}
+    for name in options.shapes:
+        config, B = shape(name), options.batch_size or {"tiny": 32, "135m": 4, "8b": 64}[name]
+        made = collate(sorted(examples(config, B), key=lambda e: len(e.tokens)))
+        dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+        common = {"config": config, "batch_size": B, "device": options.device}
+        print(f"tuning, {name} shape, {B} sequences of {made.tokens.shape[1]} tokens at most, "
+              f"{made.prefix} in common, {len(made.targets)} targets, {dtype} weights, LoRA r = 8 "
+              "on q_proj and v_proj")
+        contenders = {"ours": (ours_tuning, common | {"dtype": dtype}),
+                      "ours, one world (λ = 0)": (ours_tuning, common | {
+                          "dtype": dtype, "lambda_ct": 0}),
+                      "limit": (matrix_product, {"device": options.device, "dtype": dtype})}
+        if options.device == "cpu" and name != "tiny":
+            contenders |= {"ours, bfloat16 weights": (ours_tuning, common | {
+                "dtype": torch.bfloat16})}
+        if have("transformers", "peft"):
+            contenders["transformers + peft"] = (theirs_tuning, common | {"dtype": dtype})
+        times = race(contenders, options.rounds)
+        ours, limit = times["ours"], times.pop("limit")
+        for who, timing in times.items():
+            stored = torch.bfloat16 if "bfloat16" in who else dtype
+            cells = [timed(timing, weights_of(config, stored)),
+                     f"{ratio(timing, ours):5.2f} x ours"]
+            if timing.result is not None:
+                cells.append(f"loss {timing.result:.4f}")
+            row(who, *cells)
+        if "transformers + peft" not in times:
+            row("transformers + peft", "not measured: not installed")
+        reached = flop_count(config, made) / ours.median
+        most = limit.result / limit.median
+        share = statistics.median(flop_count(config, made) / a / (limit.result / b)
+                                  for a, b in zip(ours.seconds, limit.seconds))
+        row("share of the machine's matrix product", f"{reached / 1e9:,.0f} of {most / 1e9:,.0f} "
+            f"GFLOP/s, {100 * share:.0f} %")
+        found[name] = {who: [timing.median, timing.gigabytes, ratio(timing, ours)]
+                       for who, timing in times.items()} | {"share of limit": share}
+    return found
+
+
+def ablation(options) -> dict:
+    """Our step with one idea left out at a time."""
+    name = options.shapes[0]
+    config, B = shape(name), options.batch_size or {"tiny": 32, "135m": 4, "8b": 64}[name]
+    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    print(f"ablation, {name} shape, batches of {B}, four batches a round: time and memory without "
+          "each idea")
+    common = {"config": config, "batch_size": B, "device": options.device, "dtype": dtype,
+              "drawn": 4}
+    times = race({"ours": (ours_tuning, common)} | {
+        idea: (ours_tuning, common | {"without": idea}) for idea in (*IDEAS, "all of them")},
+        options.rounds)
+    for idea, timing in times.items():
+        row(idea if idea == "ours" else f"without {idea}", timed(timing),
+            f"{ratio(timing, times['ours']):5.2f} x ours")
+    return {idea: [timing.median, timing.gigabytes, ratio(timing, times["ours"])]
+            for idea, timing in times.items()}
+
+
+def generation(options) -> dict:
+    """Five beams beside transformers' generate."""
+    found, new = {}, 12
+    for name in options.shapes:
+        config, n = shape(name), options.batch_size or {"tiny": 64, "135m": 8, "8b": 256}[name]
+        lengths = [len(prompt(e)) for e in examples(config, n)]
+        print(f"generation, {name} shape, {n} prompts of {min(lengths)} to {max(lengths)} tokens, "
+              f"{TEMPLATE} in common, 5 beams, {new} new tokens")
+        common = {"config": config, "prompts": n, "new": new, "device": options.device,
+                  "dtype": torch.float32 if options.device == "cpu" else torch.bfloat16}
+        contenders = {"ours": (ours_generation, common)}
+        if have("transformers"):
+            contenders["transformers' generate"] = (theirs_generation, common)
+        times = race(contenders, options.rounds)
+        for who, timing in times.items():
+            row(who, timed(timing, weights_of(config, common["dtype"])),
+                f"{ratio(timing, times['ours']):5.2f} x ours")
+        if len(times) == 2:
+            ours, theirs = (t.result for t in times.values())
+            same = np.mean([a == b[:len(a)] for x, y in zip(ours, theirs) for a, b in zip(x, y)])
+            row("sequences that agree", f"{100 * same:.1f} %")
+        else:
+            row("transformers' generate", "not measured: not installed")
+        found[name] = {who: [timing.median, timing.gigabytes, ratio(timing, times["ours"])]
+                       for who, timing in times.items()}
+    return found
+
+
+def catalogue(options) -> dict:
+    """Log-likelihoods of a whole catalogue, and grounding, by its size."""
+    titles, users = 1_682, 2
+    print(f"catalogue, tiny shape, log p of all {titles:,} titles for {users} users")
+    times = race({"one trie": (all_titles, {"titles": titles, "users": users, "apart": False}),
+                  "each title apart": (all_titles, {"titles": titles, "users": users,
+                                                    "apart": True})}, options.rounds)
+    for who, timing in times.items():
+        row(who, timed(timing), f"{ratio(timing, times['one trie']):5.2f} x")
+    gap = np.abs(np.array(times["one trie"].result) - np.array(times["each title apart"].result))
+    row("largest difference", f"{gap.max():.1e} nats")
+    found = {who: [t.median, t.gigabytes] for who, t in times.items()} | {"sizes": {}}
+    print("by the number of titles: all of them for one user; 500 texts grounded")
+    for n in (1_000, 10_000, 100_000):
+        times = race({"trie": (all_titles, {"titles": n, "users": 1, "apart": False}),
+                      "ground": (grounding, {"titles": n})}, max(1, options.rounds // 2))
+        row(f"{n:,}", *(f"{who} {timed(t)}" for who, t in times.items()))
+        found["sizes"][n] = {who: [t.median, t.gigabytes] for who, t in times.items()}
+    return found
+
+
+def scaling(options) -> dict:
+    """Time of a tuning step by batch, history and vocabulary."""
+    body = options.shapes[-1]
+    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    base = {"config": shape(options.shapes[0]), "batch_size": 32, "device": options.device,
+            "dtype": dtype}
+    grids = {
+        f"sequences in a batch, {options.shapes[0]} shape": {
+            B: base | {"batch_size": B} for B in (8, 16, 32, 64)},
+        f"items in a history, {options.shapes[0]} shape, batches of 32": {
+            n: base | {"items": n} for n in (3, 5, 10, 20)},
+        f"words in the vocabulary, {body} shape, batches of 4": {
+            V: base | {"config": shape(body, V), "batch_size": 4}
+            for V in (4_096, 32_000, 128_256)}}
+    found = {}
+    for what, grid in grids.items():
+        print(f"a tuning step by {what}")
+        times = race({str(x): (ours_tuning, arguments) for x, arguments in grid.items()},
+                     options.rounds)
+        first = next(iter(times.values()))
+        for x, timing in times.items():
+            row(f"{int(x):,}", timed(timing), f"{ratio(timing, first):5.2f} x the first")
+        found[what] = {x: [timing.median, timing.gigabytes] for x, timing in times.items()}
+        if "128256" in times:
+            row("128,256 words cost, beside 32,000",
+                f"{100 * (ratio(times['128256'], times['32000']) - 1):+.1f} % time")
+    return found
+
+
+def evaluation(options) -> dict:
+    """1,000 test sequences of a finished run: five beams and grounding."""
+    if not options.run:
+        print("evaluation\n  not measured: name a finished run with --run")
+        return {}
+    keep_freed_memory()
+    given = {} if options.data_dir == "data" else {"data_dir": options.data_dir}
+    chosen, base = cetrec.read_run(Path(options.run), given, "--run")
+    with contextlib.redirect_stdout(None):
+        interactions, _ = cetrec.load_data(chosen)
+        (_, _, test_set), _ = cetrec.make_splits(interactions, chosen)
+        model = cetrec.open_model(chosen, base, Path(options.run))
+    test_set = cetrec.sample(test_set, 1_000, chosen.seed)
+    started = time.perf_counter()
+    recommend = Recommender(model, test_set.titles, test_set.domain, chosen.decoding())
+    recommend([test_set.history(i) for i in range(len(test_set))],
+              [test_set.ages(i) for i in range(len(test_set))] if chosen.index == "time" else None)
+    seconds = time.perf_counter() - started
+    print(f"evaluation, {len(test_set):,} test sequences of {options.run}")
+    row(str(chosen.decoding()), f"{seconds:.1f} s | peak {peak_memory(torch.device('cpu')):.2f} GB")
+    return {"seconds": seconds}
+
+
+def preparation(options) -> dict:
+    """Data preparation, each row in a process of its own."""
+    print("data")
+    work = [("ML-1M, text to split", movielens, options.data_dir),
+            ("Steam, reading", steam, options.steam_lines),
+            ("tokenising in the loop", tokenisation), ("loop waits for data", waiting, 100)]
+    found = {}
+    for name, function, *arguments in work:
+        if function is movielens and not Path(options.data_dir, "ml-1m").is_dir():
+            row(name, f"not measured: no ml-1m in {options.data_dir}")
+            continue
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            result, peak = pool.apply(measure, (function, *arguments))
+        row(name, result, f"peak {peak:.2f} GB")
+        found[name] = result
+    return found
+
+
 def measure(function, *arguments) -> tuple[str, float]:
     """(result, peak GB) of a function, run in this process."""
     return function(*arguments), peak_memory(torch.device("cpu"))
 
 
+def draw(found: dict, folder: Path) -> None:
+    """How time grows, a panel for each quantity, as PNG and SVG."""
+    from matplotlib.figure import Figure
+    grids = {what: {float(x): seconds for x, (seconds, _) in values.items()}
+             for what, values in found.get("scaling", {}).items()}
+    if sizes := found.get("catalogue", {}).get("sizes"):
+        grids |= {f"titles, {who}": {float(n): values[key][0] for n, values in sizes.items()}
+                  for key, who in (("trie", "all scored for one user"),
+                                   ("ground", "500 texts grounded"))}
+    if not grids:
+        return
+    fig = Figure(figsize=(4 * min(3, len(grids)), 3.2 * -(-len(grids) // 3)), layout="constrained")
+    for n, (what, values) in enumerate(grids.items()):
+        ax = fig.add_subplot(-(-len(grids) // 3), min(3, len(grids)), n + 1)
+        ax.loglog(list(values), [1000 * s for s in values.values()], "o-", color="#1b3a5c")
+        ax.set_xticks(list(values), [f"{x:,.0f}" for x in values], fontsize=8)
+        ax.minorticks_off()
+        ax.set_xlabel(what, fontsize=8)
+        ax.set_ylabel("ms", fontsize=8)
+        ax.set_ylim(bottom=min(values.values()) * 250, top=max(values.values()) * 4_000)
+        ax.grid(color="0.9")
+    for kind in ("png", "svg"):
+        fig.savefig(folder / f"benchmark.{kind}", dpi=160)
+
+
+SECTIONS = {"tuning": tuning, "ablation": ablation, "generation": generation,
+            "catalogue": catalogue, "scaling": scaling, "evaluation": evaluation,
+            "data": preparation}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run every measurement and print a table."""
+    """Run the sections, print their tables, write benchmark.json and the figure."""
     ap = argparse.ArgumentParser(prog="benchmark", allow_abbrev=False, description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("sections", nargs="*", metavar="SECTION", default=list(SECTIONS),
+                    help=f"of {', '.join(SECTIONS)} (default: all)")
+    ap.add_argument("--shapes", default="tiny,135m", help=f"of {', '.join(SHAPES)}, with commas "
+                    "(default: %(default)s)")
+    ap.add_argument("--rounds", type=int, default=5, help="each contender's (default: %(default)s)")
+    ap.add_argument("--batch-size", type=int, help="sequences or prompts (default: by shape)")
+    ap.add_argument("--device", default="cpu", choices=["cpu", "cuda"],
+                    help="cuda takes bfloat16 weights (default: %(default)s)")
+    ap.add_argument("--run", metavar="RUN", help="finished run to evaluate (default: none)")
     ap.add_argument("--data-dir", default="data", metavar="DIR",
                     help="folder with ml-1m/ as unpacked (default: %(default)s)")
     ap.add_argument("--steam-lines", type=int, default=200_000, metavar="N",
                     help="made-up reviews to stream; the real file has 7,793,069 (default: "
                     "%(default)s)")
+    ap.add_argument("--out", default="runs/benchmark", metavar="DIR",
+                    help="folder for benchmark.json and the figure (default: %(default)s)")
     options = ap.parse_args(argv)
-    print(f"machine | {platform.processor() or platform.machine()}, {torch.get_num_threads()} "
-          f"threads | torch {torch.__version__}")
-    rows = [("ML-1M, text to split", movielens, options.data_dir),
-            ("Steam, reading", steam, options.steam_lines),
-            ("tokenising in the loop", tokenisation), ("loop waits for data", waiting, 100)]
-    for name, *work in rows:
-        if work[0] is movielens and not Path(options.data_dir, "ml-1m").is_dir():
-            print(f"{name:<24} not measured: no ml-1m in {options.data_dir}")
-            continue
-        pool = multiprocessing.get_context("spawn").Pool(1)
-        result, peak = pool.apply(measure, work)
-        pool.close()
-        pool.join()
-        print(f"{name:<24} {result} | peak {peak:.2f} GB", flush=True)
-    return 0
+    options.shapes = options.shapes.split(",")
+
+    def work() -> None:
+        for given, known, what in ((options.sections, SECTIONS, "section"),
+                                   (options.shapes, SHAPES, "shape")):
+            if unknown := [name for name in given if name not in known]:
+                raise ValueError(f"{what} {unknown[0]!r}; wanted some of {', '.join(known)}")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: this PyTorch sees no such device; not measured")
+        card = torch.cuda.get_device_name() if options.device == "cuda" else ""
+        print(f"machine | {card or platform.processor() or platform.machine()}, "
+              f"{torch.get_num_threads()} threads | torch {torch.__version__}")
+        folder, found = Path(options.out), {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in options.sections:
+            found[name] = SECTIONS[name](options)
+            cetrec.write_json(folder / "benchmark.json", found)
+        if have("matplotlib"):
+            draw(found, folder)
+        print(f"written {folder}/benchmark.json")
+    return cetrec.exit_status(work)
 
 
 if __name__ == "__main__":
