@@ -10,7 +10,7 @@ Counterfactual Tuning". Read llama.py, lora.py and data.py before this file, eva
     python cetrec.py --explain runs/synthetic-rope-1 7          one test user in both worlds
     python cetrec.py --recommend runs/synthetic-rope-1 "Dusty Canyon" "Dusty Canyon 4"
 
-Shapes: B batch, T tokens, C width, V vocabulary, M supervised positions.
+Shapes: B batch, T tokens, C width, V vocabulary, M supervised positions, A places of a row.
 """
 
 import argparse
@@ -205,7 +205,8 @@ def answer_log_likelihood(model: TemporalLlama, sequences: Sequences,
         [sequences.ages(i) for i in range(n)])
     order = sorted(range(n), key=lambda i: len(examples[i].tokens))
     out = np.zeros((n, 2))
-    for chunk in (order[i:i + batch_size] for i in range(0, n, batch_size)):
+    for chunk in tqdm([order[i:i + batch_size] for i in range(0, n, batch_size)],
+                      desc="answers in both worlds", unit="batch", leave=False, disable=None):
         batch = collate([examples[i] for i in chunk], model.tokenizer.pad_id).to(device)
         rows = batch.supervised // batch.places.shape[1]
         for world, logits in enumerate(twin_forward(model, batch)):

@@ -6,7 +6,8 @@
 Also the synthetic world: a generator in the spirit of the paper's Figure 1 whose best possible
 recommendation is known. Raw files, downloads and the paper's filters are in datasets.py.
 
-Shapes: B batch, T tokens, N items of the catalogue, n history length, M sampled orders.
+Shapes: B batch, T tokens, N items of the catalogue, n history length; in a Batch M supervised
+positions, A places of a row; in the synthetic world M sampled orders.
 """
 
 import argparse
@@ -337,7 +338,8 @@ class Batch:
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                value = value.pin_memory() if torch.device(device).type == "cuda" else value
+                if torch.device(device).type == "cuda" and value.device.type == "cpu":
+                    value = value.pin_memory()
                 object.__setattr__(moved, name, value.to(device, non_blocking=True))
         return moved
 

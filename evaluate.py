@@ -459,7 +459,8 @@ class Recommender:
         """Histories are item ids, oldest first; ages None for k by order, or k of each item by the
         clock, a list for each history. Prompts of similar length share a batch.
         """
-        n, batch_size = len(histories), batch_size or {"exact": 16}.get(self.decoding.decode, 64)
+        n = len(histories)
+        batch_size = batch_size or (16 if self.decoding.decode == "exact" else 64)
         if self.decoding.decode == "beams":     # ten and the history's own: all one beam may give
             reach = self.length + max(map(len, histories), default=0)
             if reach > self.reach:

@@ -5,7 +5,7 @@ Read this file first; it imports nothing of ours. Parameters carry the names of 
 checkpoints without the leading `model.`, so the module tree below *is* the table of weight names.
 
 Shapes: B batch, T new tokens, S tokens seen so far (cache and new), C width, H query heads,
-G key/value heads, D head width, V vocabulary.
+G key/value heads, D head width, V vocabulary, A places asked for.
 
 Left out: attention or MLP biases, sliding windows, mixtures, quantised weights.
 """

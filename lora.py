@@ -88,7 +88,7 @@ class SparseDropout(torch.autograd.Function):
     @staticmethod
     def apply_zeros(x: Tensor, zeros: Tensor, p: float) -> Tensor:
         """x / (1 - p), and 0 at the given places of x flattened."""
-        return (x / (1 - p)).view(-1).index_fill_(0, zeros, 0).view(x.shape)
+        return (x / (1 - p)).flatten().index_fill_(0, zeros, 0).view(x.shape)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Speed and memory beside other stacks and beside the machine's limit; nothing here is the method.
 
-    python -m experiments.benchmark                             all that needs no data, 10 minutes
+    python -m experiments.benchmark                             all that needs no data, 15 minutes
     python -m experiments.benchmark tuning generation           some of it
     python -m experiments.benchmark evaluation --run runs/ml-100k-rope-1 --data-dir data
     python -m experiments.benchmark tuning generation --device cuda --shapes 8b

@@ -82,6 +82,10 @@ def test_the_gradient_of_dropout_has_the_zeros_of_its_output():
     assert 0 < (y == 0).sum() < x.numel()
     y.sum().backward()
     torch.testing.assert_close(x.grad, (y != 0) / 0.7)
+    turned = torch.randn(5, 7, 11).transpose(0, 2).requires_grad_()         # not contiguous
+    y = dropout(turned, 0.3)
+    y.transpose(0, 2).sum().backward()
+    torch.testing.assert_close(turned.grad, (y != 0) / 0.7)
     assert dropout(x, 0.0) is x or torch.equal(dropout(x, 0.0), x)
     assert dropout(torch.ones(1), 0.001).shape == (1,)
 
