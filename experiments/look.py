@@ -18,6 +18,7 @@ from cetrec import (DECODING, cetrec_loss, erase_order, fill_in, find_checkpoint
                     make_splits, open_model, read_run, twin_forward)
 from data import IGNORE, Example, Tokenizer, collate, encode_example, show_prompt
 from evaluate import Lists, Recommender
+from llama import HUB_NAME
 
 LINE = "-" * 80
 ARTICLE = re.compile(r"^(.*), (The|A|An|Le|La|Les|Der|Die|Das|Il|El)$")
@@ -42,9 +43,11 @@ def recommend(where: str, wanted: list[str], given: dict) -> None:
         elif "model" in given:
             raise ValueError(f"{where}: neither a run nor an adapter, so --model does not go with "
                              "it; give a base as WHERE")
-        elif folder.exists() and not (folder / "config.json").is_file():
-            raise ValueError(f"{where}: neither a run (run.json), nor an adapter "
-                             "(adapter_config.json), nor a base (config.json)")
+        elif not (folder / "config.json").is_file() and (
+                folder.exists() or not HUB_NAME.fullmatch(where)):
+            raise FileNotFoundError(
+                f"{folder / 'config.json'}: not found; wanted a run (run.json), an adapter "
+                "(adapter_config.json), a base (config.json) or a name on the Hub")
         else:
             given["model"] = where
         known = DECODING | {"data", "data_dir", "domain", "sample", "chronological", "index",
