@@ -293,7 +293,9 @@ def pick(x: Tensor, places: Tensor) -> Tensor:
 
     (B or 1, .., T, F), (B, A) -> (B, .., A, F)
     """
-    return x.take_along_dim(places.view(len(places), *[1] * (x.dim() - 3), -1, 1), dim=-2)
+    x = x.expand(len(places), *x.shape[1:])
+    places = places.view(len(places), *[1] * (x.dim() - 3), -1, 1)
+    return x.gather(-2, places.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
