@@ -6,6 +6,7 @@ Counterfactual Tuning". Read llama.py, lora.py and data.py before this file, eva
     python cetrec.py                                            the synthetic world, no download
     python cetrec.py --data ml-100k --data-dir data             MovieLens 100K
     python cetrec.py --data movielens --model path/to/Llama-3   the paper's setting
+    python cetrec.py --resume runs/movielens-rope-1             go on after an interruption
     python cetrec.py --eval-only runs/synthetic-rope-1          evaluate a finished run again
     python cetrec.py --explain runs/synthetic-rope-1 7          one test user in both worlds
     python cetrec.py --recommend runs/synthetic-rope-1 "Dusty Canyon" "Dusty Canyon 4"
@@ -32,7 +33,9 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -287,9 +290,22 @@ def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
     return peak * min(step / max(1, warmup), (total - step + 1) / max(1, total - warmup), 1.0)
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
-    """Backward, clip the gradient's norm at 1, step at rate lr."""
-    loss.backward()
+def backward(model: TemporalLlama, batch: Batch, lambda_ct: float,
+             rows: int = sys.maxsize) -> list[Tensor | None]:
+    """Gradients of Eq. 10 for a batch, so many rows at a time: a sum over parts, each weighed by its
+    share of the targets, equals the whole in less memory. Returns (L, L_TA, L_CT), detached.
+    """
+    device, parts = next(model.parameters()).device, []
+    for part in batch.split(rows):
+        share = len(part.targets) / len(batch.targets)
+        losses = cetrec_loss(model, part.to(device), lambda_ct)
+        (share * losses[0]).backward()
+        parts.append([x if x is None else share * x.detach() for x in losses])
+    return [None if x[0] is None else sum(x) for x in zip(*parts)]
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Clip the gradient's norm at 1, step at rate lr."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     nn.utils.clip_grad_norm_(parameters, 1.0)
     for group in optimizer.param_groups:
@@ -332,38 +348,63 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, opti
           folder: Path) -> dict:
     """Tune the LoRA factors Φ by Eq. 10; the best epoch by validation L_TA stays in the model.
 
-    Stops after one epoch without a better validation loss (D5). Writes log.jsonl and, at each best
-    epoch, the adapter into the folder. Returns the steps done and the validation losses.
+    Stops after one epoch without a better validation loss (D5). Writes log.jsonl, at each best
+    epoch the adapter, and now and then a checkpoint into the folder; goes on from a checkpoint that
+    is there, to the same factors as without a break. Returns the steps done and the validation
+    losses.
     """
     rng, device = np.random.default_rng(options.seed), next(model.parameters()).device
-    optimizer = torch.optim.AdamW(lora_parameters(model), lr=options.lr, weight_decay=0.0)
+    factors, best = lora_parameters(model), []
+    optimizer = torch.optim.AdamW(factors, lr=options.lr, weight_decay=0.0)
     per_epoch = math.ceil(len(train_set) / options.batch_size)
     total = min(options.epochs * per_epoch, options.max_steps or math.inf)
-    step, losses, waited, started, pending = 0, [], 0.0, time.perf_counter(), []
-    bar = tqdm(total=total, desc="tuning", unit="step", disable=None, leave=False)
-    with open(folder / "log.jsonl", "w", encoding="utf-8") as log, bar:
-        while step < total:
+    done = {"step": 0, "batch": 0, "losses": [], "seconds": 0.0, "waited": 0.0, "log": 0}
+    if (folder / "checkpoint.safetensors").is_file():
+        done, best = load_checkpoint(folder, optimizer, rng)
+    step, losses, waited, pending = done["step"], done["losses"], done["waited"], []
+    started = time.perf_counter() - done["seconds"]
+    first = step            # of this sitting; speed counts from after it, as --compile warms up
+    bar = tqdm(total=total, initial=step, desc="tuning", unit="step", disable=None, leave=False)
+    with open(folder / "log.jsonl", "a", encoding="utf-8") as log, bar:
+        log.truncate(done["log"])
+
+        def save(batch: int, state: dict) -> None:
+            log.flush()
+            save_checkpoint(folder, optimizer, best, state, {
+                "step": step, "batch": batch, "losses": losses, "waited": waited,
+                "seconds": time.perf_counter() - started, "log": log.tell()})
+
+        while step < total and (not losses or losses[-1] == min(losses)):
             model.train()
-            asked = since = time.perf_counter()
-            for batch in batches(model.tokenizer, train_set, options.batch_size, rng):
-                # rate, both worlds, one loss
+            begin, skip, done["batch"] = rng.bit_generator.state, done["batch"], 0
+            asked = since = saved = time.perf_counter()
+            for number, batch in enumerate(batches(model.tokenizer, train_set, options.batch_size,
+                                                   rng), start=1):
+                if number <= skip:
+                    asked = since = time.perf_counter()
+                    continue
+
+                # rate, both worlds, one loss; backward, clip, step
                 step, waited = step + 1, waited + time.perf_counter() - asked
                 lr = learning_rate(step, total, options.lr, options.warmup)
-                loss, loss_ta, loss_ct = cetrec_loss(model, batch.to(device), options.lambda_ct)
+                pending.append((step, lr, *backward(model, batch, options.lambda_ct,
+                                                    options.micro_batch or options.batch_size)))
+                optimizer_step(optimizer, lr)
 
-                # backward, clip, step
-                optimizer_step(optimizer, loss, lr)
-
-                # log; a GPU is waited for at printed steps only
-                pending.append((step, lr, loss.detach(), loss_ta.detach(),
-                                None if loss_ct is None else loss_ct.detach()))
+                # log, save; a GPU is waited for at printed steps only
                 bar.update()
-                if step % max(1, total // 20) == 0 or step in (1, total):
+                now = time.perf_counter()
+                if step == first + 1:
+                    warm = now
+                if step % max(1, total // 20) == 0 or step in (1, total) or now - saved > 300:
                     entry = write_steps(log, pending, since, folder)
                     since, pending = time.perf_counter(), []
-                    left = (since - started) / step * (total - step)
+                    left = (since - warm) / (step - first - 1) * (total - step) if now > warm else None
                     bar.write(log_line(entry, total, options.lambda_ct, peak_memory(device), left),
                               file=sys.stdout)
+                    if step < total:
+                        save(number, begin)
+                        saved = time.perf_counter()
                 if step == total:
                     break
                 asked = time.perf_counter()
@@ -373,20 +414,69 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, opti
                 write_steps(log, pending, since, folder)
                 pending = []
             losses.append(validation_loss(model, valid_set, options.batch_size))
-            best = losses[-1] == min(losses)
+            better = losses[-1] == min(losses)
             log.write(json.dumps({"step": step, "validation_ta": losses[-1]}) + "\n")
             bar.write(f"epoch {len(losses)} | validation ta {losses[-1]:.4f}"
-                      f"{' | best so far, adapter saved' if best else ''}", file=sys.stdout)
-            if not best:
-                break
-            save_adapter(model, folder, None if options.model == "tiny" else options.model)
-            kept = [p.detach().clone() for p in lora_parameters(model)]
-    for p, value in zip(lora_parameters(model), kept):
+                      f"{' | best so far, adapter saved' if better else ''}", file=sys.stdout)
+            if better:
+                save_adapter(model, folder, None if options.model == "tiny" else options.model)
+                best = [p.detach().clone() for p in factors]
+            save(0, rng.bit_generator.state)
+    for p, value in zip(factors, best):
         p.data.copy_(value)
     model.eval()
     seconds = time.perf_counter() - started
     return {"steps": step, "validation_ta": losses, "seconds": seconds,
             "share_waiting_for_data": waited / seconds}
+
+
+def save_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, best: list[Tensor],
+                    sampling: dict, done: dict) -> None:
+    """Write checkpoint.safetensors, whole or not at all: factors, moments, the best epoch's
+    factors, random states, what is done. sampling is the batches' random state when their epoch
+    began.
+    """
+    tensors = {f"best/{i}": x for i, x in enumerate(best)} | {"random/cpu": torch.get_rng_state()}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        kept = optimizer.state[p]
+        tensors |= {f"factor/{i}": p.detach(), f"mean/{i}": kept["exp_avg"],
+                    f"square/{i}": kept["exp_avg_sq"]}
+    if (kind := p.device.type) != "cpu":
+        tensors[f"random/{kind}"] = torch.get_device_module(kind).get_rng_state()
+    path = folder / "checkpoint.safetensors"
+    part = path.with_name(path.name + ".part")
+    save_tensors({name: x.cpu().contiguous() for name, x in tensors.items()}, part,
+                 {"sampling": json.dumps(sampling), "done": json.dumps(done)})
+    os.replace(part, path)
+
+
+def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer,
+                    rng: np.random.Generator) -> tuple[dict, list[Tensor]]:
+    """Put everything where it was when the checkpoint was written. Returns what was done and the
+    best epoch's factors. Raises ValueError for a damaged file or one of other factors.
+    """
+    path = folder / "checkpoint.safetensors"
+    factors = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        done = json.loads(notes["done"])
+        for i, p in enumerate(factors):
+            p.data.copy_(tensors[f"factor/{i}"])
+            optimizer.state[p] = {"step": torch.tensor(float(done["step"])),
+                                  "exp_avg": tensors[f"mean/{i}"].to(p.device),
+                                  "exp_avg_sq": tensors[f"square/{i}"].to(p.device)}
+        for name, state in tensors.items():
+            if name.startswith("random/"):
+                kind = name.removeprefix("random/")
+                module = torch if kind == "cpu" else torch.get_device_module(kind)
+                module.set_rng_state(state)
+        rng.bit_generator.state = json.loads(notes["sampling"])
+        best = [tensors[f"best/{i}"].to(p.device) for i, p in enumerate(factors) if done["losses"]]
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged, or of other settings ({error}). Delete it to tune from "
+                         "the first step") from None
+    return done, best
 
 
 def write_steps(log, pending: list[tuple], since: float, folder: Path) -> dict:
@@ -404,12 +494,13 @@ def write_steps(log, pending: list[tuple], since: float, folder: Path) -> dict:
     return entry
 
 
-def log_line(entry: dict, total: int, lambda_ct: float, memory: float, left: float) -> str:
-    """One step in fixed columns; loss per token, rate, ms a step, peak GB, minutes left."""
+def log_line(entry: dict, total: int, lambda_ct: float, memory: float, left: float | None) -> str:
+    """One step in fixed columns; loss per token, rate, ms a step, peak GB, minutes left if known.
+    """
     ct = "" if entry["loss_ct"] is None else f" + {lambda_ct:g} x ct {entry['loss_ct']:.3f}"
     return (f"step {entry['step']:>5}/{total} | loss {entry['loss']:.3f} = ta "
             f"{entry['loss_ta']:.3f}{ct} | lr {entry['lr']:.1e} | {entry['ms']:.0f} ms | "
-            f"{memory:.1f} GB | {left / 60:.1f} min left")
+            f"{memory:.1f} GB | {'?' if left is None else f'{left / 60:.1f}'} min left")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -480,10 +571,9 @@ def tiny_base(root: Path, train_set: Sequences, seed: int, device: torch.device,
     with tqdm(total=total, desc="tiny base", unit="step", disable=None, leave=False) as bar:
         while step < total:
             for batch in batches(tokenizer, train_set, recipe.batch_size, rng, True):
-                step, batch = step + 1, title_labels(batch).to(device)
-                loss = cetrec_loss(model, batch, lambda_ct=0)[0]
-                optimizer_step(optimizer, loss,
-                               learning_rate(step, total, recipe.lr, recipe.warmup))
+                step += 1
+                loss, _, _ = backward(model, title_labels(batch), lambda_ct=0)
+                optimizer_step(optimizer, learning_rate(step, total, recipe.lr, recipe.warmup))
                 bar.update()
                 if step % max(1, total // 10) == 0:
                     left = (time.perf_counter() - started) / step * (total - step) / 60
@@ -545,6 +635,7 @@ class Options(DataOptions):
     epochs: int
     warmup: int
     max_steps: int
+    micro_batch: int
     recompute: bool
     compile: bool
     decode: str
@@ -560,8 +651,9 @@ class Options(DataOptions):
     def __post_init__(self):
         super().__post_init__()
         for name, low in (("lambda_ct", 0), ("sinpe_scale", 0), ("lr", 0), ("batch_size", 1),
-                          ("epochs", 1), ("warmup", 0), ("max_steps", 0), ("beams", 1),
-                          ("length_penalty", 0), ("eval_sequences", 0)):
+                          ("epochs", 1), ("warmup", 0), ("max_steps", 0),
+                          ("micro_batch", 0), ("beams", 1), ("length_penalty", 0),
+                          ("eval_sequences", 0)):
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; wanted a "
                                  f"finite number of at least {low}")
@@ -618,9 +710,13 @@ def parser() -> argparse.ArgumentParser:
          metavar="N")
     flag("--warmup", "steps of linear warm-up, then linear decay", type=int, metavar="N")
     flag("--max-steps", "stop tuning after N steps; 0 = no limit", "0", type=int, metavar="N")
+    flag("--micro-batch", "rows of a batch worked on at a time, with the same gradient in less "
+         "memory; 0 = all", "0", type=int, metavar="N")
     flag("--compile", "let torch.compile make kernels for the blocks; the first steps take up to "
          "minutes, and CPUs want a C++ compiler", "no",
          action=argparse.BooleanOptionalAction)
+    flag("--resume", "go on with the interrupted run in this folder, from its checkpoint; goes with "
+         "--data-dir, --device, and --model where the base has moved", "a new run", metavar="RUN")
     flag("--recompute", "run each block again in the backward pass instead of keeping its "
          "activations: less memory, about 40 %% more time", "no",
          action=argparse.BooleanOptionalAction)
@@ -691,7 +787,7 @@ def fill_in(given: dict) -> Options:
             print("--temporal none leaves one world only: λ is 0 in this run (w.o. Both = BIGRec)")
         given["lambda_ct"] = 0.0
     defaults = {"model": "tiny", "temporal": "rope", "lambda_ct": 0.1, "sinpe_scale": 1.0,
-                "max_steps": 0, "recompute": False, "compile": False, "decode": "beams",
+                "max_steps": 0, "micro_batch": 0, "recompute": False, "compile": False, "decode": "beams",
                 "ground_with": "tuned", "ground_list": "merged", "exclude_history": True,
                 "eval_sequences": 1_000, "device": "auto", "dtype": "auto"}
     given = check_decoding(given, given.get("decode", "beams"))
@@ -700,7 +796,9 @@ def fill_in(given: dict) -> Options:
 
 def read_run(run_folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Options, Path]:
     """Options of a run, with the flags that may differ from it, and the folder of its base."""
-    allowed = DECODING | {"eval_sequences", "data_dir", "device", "dtype", "model"}
+    allowed = {"data_dir", "device", "model"}
+    if flag != "--resume":
+        allowed |= DECODING | {"eval_sequences", "dtype"}
     if extra := sorted(given.keys() - allowed):
         names = ", ".join("--" + name.replace("_", "-") for name in extra)
         raise ValueError(f"{flag} takes data, base and tuning from the run; it does not go with "
@@ -713,8 +811,11 @@ def read_run(run_folder: Path, given: dict, flag: str = "--eval-only") -> tuple[
         tuned = saved["options"] | {"lora_targets": tuple(saved["options"]["lora_targets"])}
         base, model = Path(saved["base"]), tuned["model"]
         decode = tuned["decode"]
+        ended = "metrics" in saved
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{record}: not the record of a run of this version ({error!r})") from None
+    if flag == "--resume" and ended:
+        raise ValueError(f"{run_folder}: this run is complete; --eval-only evaluates it again")
     if given.get("decode", decode) != decode:           # what was given for the other way is void
         tuned |= {"beams": 5, "ground_with": "tuned", "ground_list": "merged"}
         given = check_decoding(given, given["decode"])
@@ -787,7 +888,7 @@ def open_model(options: Options, source: Path, adapter: Path | None = None,
     llama = load_llama(source, device, dtype)
     llama.recompute = options.recompute
     if options.compile:
-        llama.compiled = torch.compile(lambda block, *inputs: block(*inputs), dynamic=True)
+        llama.compile_blocks()
     first = tokenizer.bpe.encode("The").ids[0]
     bos = f"begin with BOS {first}" if first == tokenizer.bos_id else "have no BOS"
     print(f"base {source} | fingerprint {llama.fingerprint} | {config.vocab_size:,} tokens, "
@@ -798,10 +899,12 @@ def open_model(options: Options, source: Path, adapter: Path | None = None,
     return model.eval()
 
 
-def run(options: Options, out: Path, evaluate_run: Path | None = None,
-        base: Path | None = None) -> None:
-    """One run from data to report; with evaluate_run, of the adapter there on the given base."""
-    check_writable(evaluate_run or out)
+def run(options: Options, out: Path, folder: Path | None = None, base: Path | None = None,
+        tune: bool = True) -> None:
+    """One run from data to report. With the folder of a run and its base: go on with that run, or
+    evaluate its adapter only.
+    """
+    check_writable(folder or out)
     device, _ = choose_device(options)
     interactions, world = load_data(options)
     (train_set, valid_set, test_set), record = make_splits(interactions, options)
@@ -811,9 +914,9 @@ def run(options: Options, out: Path, evaluate_run: Path | None = None,
         base = tiny_base(out, train_set, options.seed, device,
                          TINY_BASES.get(options.data, TinyBase()))
     source = base or find_checkpoint(options.model)
-    model = open_model(options, source, evaluate_run, (train_set, valid_set, test_set))
+    model = open_model(options, source, None if tune else folder, (train_set, valid_set, test_set))
     torch.manual_seed(options.seed)
-    if not evaluate_run:
+    if tune:
         add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout,
                  options.lora_targets)
     trainable = sum(p.numel() for p in lora_parameters(model))
@@ -832,28 +935,48 @@ def run(options: Options, out: Path, evaluate_run: Path | None = None,
                 "numpy": np.__version__, "tokenizers": tokenizers.__version__}
     record |= {"options": asdict(options), "base": name, "fingerprint": model.fingerprint(),
                "versions": versions}
-    data_name = Path(options.data).resolve().name       # of a folder: without where it lies
-    folder = evaluate_run or new_folder(out, f"{data_name}-{options.temporal}")
-    if not evaluate_run:
+    if folder is None:
+        data_name = Path(options.data).resolve().name   # of a folder: without where it lies
+        folder = new_folder(out, f"{data_name}-{options.temporal}")
         write_json(folder / "run.json", record)
-        record["tuning"] = train(model, train_set, sample(valid_set, 1_000, options.seed), options,
-                                 folder)
+    elif tune:
+        check_same(folder, record)
+    try:
+        if tune:
+            record["tuning"] = train(model, train_set, sample(valid_set, 1_000, options.seed),
+                                     options, folder)
+        test_set = sample(test_set, options.eval_sequences, options.seed)
+        record["metrics"] = evaluate(model, train_set, test_set, world, options, folder)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on with --resume {folder}" if tune else "") from None
+    write_json(folder / ("run.json" if tune else "eval.json"), record)
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    print(format_result(record["metrics"]))
+    from experiments.report import Run, write_report
+    print(write_report([Run.from_folder(folder)], folder))
 
-    # evaluate
-    test_set = sample(test_set, options.eval_sequences, options.seed)
+
+def evaluate(model: TemporalLlama, train_set: Sequences, test_set: Sequences, world,
+             options: Options, folder: Path) -> dict:
+    """Measure the tuned model; ranks, lists and pictures go to files in the folder. -> metrics"""
     worlds = None if options.temporal == "none" else answer_log_likelihood(model, test_set)
     metrics, arrays = evaluate_order(model, train_set, test_set, world, options.decoding(), worlds)
     history = test_set.history(0)
-    metrics |= {"vocabulary": model.llama.config.vocab_size,
-                "history_titles": test_set.words(history)}
-    record["metrics"] = metrics
     arrays |= temporal_picture(model, test_set.ages(0), len(history))
     write_json(folder / "catalogue.json", {"domain": test_set.domain, "titles": test_set.titles})
-    metrics["arrays"] = save_arrays(arrays, folder / "evaluation.safetensors")
-    write_json(folder / ("eval.json" if evaluate_run else "run.json"), record)
-    print(format_result(metrics))
-    from experiments.report import Run, write_report
-    print(write_report([Run.from_folder(folder)], folder))
+    return metrics | {"vocabulary": model.llama.config.vocab_size,
+                      "history_titles": test_set.words(history),
+                      "arrays": save_arrays(arrays, folder / "evaluation.safetensors")}
+
+
+def check_same(folder: Path, record: dict) -> None:
+    """Raise ValueError if data or base are not what they were when the run in the folder began."""
+    saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    here = json.loads(json.dumps(record))
+    for key in saved.keys() - {"options", "base", "versions"}:
+        if saved[key] != here.get(key):
+            raise ValueError(f"{folder}: {key} of the run, {saved[key]}, is now {here.get(key)}; "
+                             "the run can go on with the data and the base it began with only")
 
 
 def temporal_picture(model: TemporalLlama, ages, items: int) -> dict[str, np.ndarray]:
@@ -895,7 +1018,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         keep_freed_memory()
-        modes = [mode for mode in ("eval_only", "recommend", "explain") if mode in given]
+        modes = [m for m in ("resume", "eval_only", "recommend", "explain") if m in given]
         if len(modes) > 1:
             raise ValueError(f"{' and '.join('--' + m.replace('_', '-') for m in modes)}: one at a "
                              "time")
@@ -912,6 +1035,10 @@ def main(argv: list[str] | None = None) -> int:
         elif "eval_only" in given:
             folder = Path(given.pop("eval_only"))
             options, base = read_run(folder, given)
+            run(options, folder.parent, folder, base, tune=False)
+        elif "resume" in given:
+            folder = Path(given.pop("resume"))
+            options, base = read_run(folder, given, "--resume")
             run(options, folder.parent, folder, base)
         else:
             out = Path(given.pop("out", "runs"))

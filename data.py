@@ -333,6 +333,18 @@ class Batch:
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
+    def split(self, rows: int) -> list["Batch"]:
+        """Batches of at most so many rows, in order, each as wide as its own longest row."""
+        if rows >= len(self.tokens):
+            return [self]
+        parts = []
+        for start in range(0, len(self.tokens), rows):
+            part = slice(start, start + rows)
+            width = int((self.labels[part] != IGNORE).any(dim=0).nonzero().max()) + 1
+            parts.append(Batch(self.tokens[part, :width], self.item_pos[part, :width],
+                               self.labels[part, :width], self.prefix))
+        return parts
+
     def to(self, device) -> "Batch":
         """The same batch on another device; a GPU copies while it works."""
         moved = copy.copy(self)
@@ -665,8 +677,8 @@ def exit_status(work: Callable[[], None]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; files already written are whole", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted; {str(stop) or 'files already written are whole'}", file=sys.stderr)
         return 130
     return 0
 

@@ -440,7 +440,7 @@ class Llama(nn.Module):
         self.config = config
         self.fingerprint: str | None = None     # of the checkpoint it was loaded from
         self.recompute = False                  # True: blocks run again in backward, to save memory
-        self.compiled = None                    # calls a block by kernels of torch.compile; tuning
+        self.compiled = None                    # see compile_blocks
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -450,6 +450,12 @@ class Llama(nn.Module):
         for weight in self.parameters():
             if weight.dim() > 1:
                 nn.init.normal_(weight, std=0.02)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Have torch.compile make kernels for tuning: one set for all blocks and all batch shapes.
+        """
+        self.compiled = torch.compile(lambda block, *inputs: block(*inputs), dynamic=True,
+                                      backend=backend)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings x_t of Eq. 6.  (B, T) -> (B, T, C)"""

@@ -60,14 +60,28 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-@torch.library.custom_op("cetrec::sparse_dropout", mutates_args=())
-def sparse_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+class SparseDropout(torch.autograd.Function):
     """Dropout that draws a number for each zero instead of one for each element, of which there are
-    1/p times as many: on CPUs the drawing took a tenth of a tuning step.  0 < p < 1
+    1/p times as many: on CPUs the drawing took a tenth of a tuning step.
 
     The gaps between zeros are geometric, so every element is zero with probability p whatever the
-    others are. The seed, a scalar, tells where; the gradient has its zeros at the same places.
+    others are. The seed says where they are; the gradient has its zeros at the same places.
     """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        """Any shape, 0 < p < 1, () -> x's shape"""
+        ctx.p, ctx.seed = p, seed
+        return drop(x, p, seed)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """Of x only."""
+        return drop(grad, ctx.p, ctx.seed), None, None
+
+
+def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """x / (1 - p), and 0 at places that the seed tells."""
     n = x.numel()
     enough = int(n * p + 7 * math.sqrt(n * p) + 20)         # gaps to pass the end, all but surely
     uniform = torch.rand(enough, generator=torch.Generator().manual_seed(int(seed)))
@@ -76,21 +90,19 @@ def sparse_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return (x / (1 - p)).flatten().index_fill_(0, zeros, 0).view(x.shape)
 
 
-def _keep_seed(ctx, inputs, output) -> None:
-    ctx.p, ctx.seed = inputs[1:]
-
-
-# what torch.compile and autograd have to know of it
-sparse_dropout.register_fake(lambda x, p, seed: x.new_empty(x.shape))
-sparse_dropout.register_autograd(
-    lambda ctx, grad: (sparse_dropout(grad, ctx.p, ctx.seed), None, None), setup_context=_keep_seed)
+# the same for torch.compile, which cannot look into it; called from Python it would be slower
+drop_op = torch.library.custom_op("cetrec::drop", drop, mutates_args=())
+drop_op.register_fake(lambda x, p, seed: x.new_empty(x.shape))
+drop_op.register_autograd(lambda ctx, grad: (drop_op(grad, *ctx.rest), None, None),
+                          setup_context=lambda ctx, inputs, output: setattr(ctx, "rest", inputs[1:]))
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """Each element 0 with probability p, else x / (1 - p)."""
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
-    return sparse_dropout(x, p, torch.randint(2**62, ()))
+    call = drop_op if torch.compiler.is_compiling() else SparseDropout.apply
+    return call(x, p, torch.randint(2**62, ()))
 
 
 class LoraLinear(nn.Linear):

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import cetrec
 import llama
 import lora
-from cetrec import (TINY_BASES, TemporalLlama, batches, cetrec_loss, erase_order,
+from cetrec import (TINY_BASES, TemporalLlama, backward, batches, erase_order,
                     keep_freed_memory, learning_rate, optimizer_step, peak_memory, rotary,
                     tiny_base, world_logits)
 from data import (GENRES, IGNORE, NO_ITEM, Batch, Example, SyntheticWorld, Tokenizer, collate,
@@ -95,13 +95,17 @@ def random_llama(config: LlamaConfig, device: str, dtype: torch.dtype) -> Llama:
 
 
 def ours_tuning(config, batch_size, device, dtype, without="", lambda_ct=0.1, items=10,
-                drawn=1) -> Callable:
-    """One tuning step of ours; without: the idea left out. -> loss before the step"""
+                drawn=1, rows=0, compile_blocks=False) -> Callable:
+    """One tuning step of ours; without: the idea left out; rows: worked on at a time. -> loss before
+    the step
+    """
     if without != "freed memory kept":
         keep_freed_memory()
     leave_out(without)
     model = TemporalLlama(random_llama(config, device, dtype), "rope").train()
     add_lora(model)
+    if compile_blocks:
+        model.llama.compile_blocks()
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-4)
     made = examples(config, drawn * batch_size, items)
     if without != "rows of similar length together":
@@ -110,8 +114,8 @@ def ours_tuning(config, batch_size, device, dtype, without="", lambda_ct=0.1, it
 
     def step() -> float:
         for batch in chunks:
-            loss = cetrec_loss(model, batch, lambda_ct)[0]
-            optimizer_step(optimizer, loss, 1e-4)
+            loss = backward(model, batch, lambda_ct, rows or batch_size)[0]
+            optimizer_step(optimizer, 1e-4)
         return loss.item()
     return step
 
@@ -456,8 +460,8 @@ def waiting(steps: int) -> str:
         asked = time.perf_counter()
         batch = next(source)
         waited += time.perf_counter() - asked
-        optimizer_step(optimizer, cetrec_loss(model, batch, 0.1)[0],
-                       learning_rate(step, steps, 1e-3, 10))
+        backward(model, batch, 0.1)
+        optimizer_step(optimizer, learning_rate(step, steps, 1e-3, 10))
     total = time.perf_counter() - started
     return (f"{100 * waited / total:.1f} % of {steps} steps of the default run, "
             f"{1000 * total / steps:.0f} ms each")

@@ -258,7 +258,8 @@ def test_eq2_tuning_moves_the_factors_and_nothing_else(temporal, batch):
     add_lora(model)
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=0.01)
     for _ in range(2):
-        cetrec.optimizer_step(optimizer, cetrec_loss(model, batch, 0.1)[0], 0.01)
+        cetrec.backward(model, batch, 0.1)
+        cetrec.optimizer_step(optimizer, 0.01)
     for name, p in model.named_parameters():
         if name in before:
             assert torch.equal(p, before[name]), name
@@ -365,6 +366,111 @@ def test_a_loss_that_is_not_finite_stops_with_a_remedy(tmp_path, temporal, token
     model.llama.norm.weight.data[0] = float("inf")
     with pytest.raises(ValueError, match="loss is nan at step 1; try a smaller --lr"):
         train(model, train_set, valid_set, options(), tmp_path)
+
+
+@pytest.mark.parametrize("broken_at", [5, 17])     # in the first epoch; after a validation
+def test_an_interrupted_run_goes_on_to_the_same_factors_and_log(tmp_path, temporal, world_data,
+                                                                monkeypatch, broken_at):
+    train_set, valid_set, _ = world_data
+    train_set, settings = train_set.select(slice(0, 120)), options(epochs=2, batch_size=8)
+    step, calls = cetrec.optimizer_step, []
+
+    def tuned(folder):
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        model = temporal("rope")
+        add_lora(model)
+        result = train(model, train_set, valid_set, settings, folder)
+        lines = [json.loads(line) for line in open(folder / "log.jsonl")]
+        return lora_parameters(model), result, [
+            {key: value for key, value in line.items() if key != "ms"} for line in lines]
+
+    def breaks(*inputs):
+        calls.append(1)
+        if len(calls) == broken_at:
+            raise KeyboardInterrupt
+        step(*inputs)
+    if broken_at > 15:      # a loss that grows with B's norm: the first epoch stays the best
+        monkeypatch.setattr(cetrec, "validation_loss", lambda model, *rest: float(
+            lora_parameters(model)[1].detach().norm()))
+    whole, result, log = tuned(tmp_path / "whole")
+    assert (result["validation_ta"][0] < result["validation_ta"][1]) == (broken_at > 15)
+    monkeypatch.setattr(cetrec, "optimizer_step", breaks)
+    monkeypatch.setattr(cetrec, "save_checkpoint", lambda *rest, save=cetrec.save_checkpoint:
+                        rest[-1]["step"] % 3 or save(*rest))        # not after every step
+    with pytest.raises(KeyboardInterrupt):
+        tuned(tmp_path / "broken")
+    assert (tmp_path / "broken" / "checkpoint.safetensors").is_file()
+    resumed, again, resumed_log = tuned(tmp_path / "broken")
+    assert len(calls) > 30      # some steps were done twice
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed))
+    assert resumed_log == log and again["validation_ta"] == result["validation_ta"]
+    calls.clear()
+    done, again, _ = tuned(tmp_path / "broken")             # tuning is over: nothing is left to do
+    assert not calls and again["steps"] == 30
+    assert all(torch.equal(a, b) for a, b in zip(whole, done))
+
+
+def test_a_damaged_checkpoint_or_one_of_other_factors_is_one_clear_error(tmp_path, temporal,
+                                                                         world_data):
+    train_set, valid_set, _ = world_data
+    for rank in (2, 3):
+        model = temporal("rope")
+        add_lora(model, rank=rank)
+        if rank == 2:
+            train(model, train_set.select(slice(0, 16)), valid_set, options(), tmp_path)
+            continue
+        with pytest.raises(ValueError, match="checkpoint.safetensors: damaged, or of other"):
+            train(model, train_set, valid_set, options(), tmp_path)
+        (tmp_path / "checkpoint.safetensors").write_bytes(b"not safetensors")
+        with pytest.raises(ValueError, match="Delete it to tune from the first step"):
+            train(model, train_set, valid_set, options(), tmp_path)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+def test_parts_of_a_batch_give_the_gradient_and_losses_of_the_whole(temporal, tokenizer, rows):
+    batch = collate([encode_example(tokenizer, TITLES[:n], TITLES[n]) for n in (3, 5, 4, 7, 3)])
+    model = temporal("rope")
+    factors = add_lora(model, dropout=0.0)
+    for p in factors:
+        p.data += 0.1 * torch.randn_like(p)
+    losses = cetrec_loss(model, batch, 0.3)
+    wanted = torch.autograd.grad(losses[0], factors)
+    parts = cetrec.backward(model, batch, 0.3, rows)
+    torch.testing.assert_close(parts, [x.detach() for x in losses], rtol=1e-5, atol=1e-6)
+    for p, gradient in zip(factors, wanted):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert cetrec.backward(model, batch, 0.0, rows)[2] is None
+
+
+@pytest.mark.parametrize("kind", ["rope", "rope-attention"])
+def test_compiled_blocks_equal_the_others_and_serve_every_batch_shape(temporal, tokenizer, kind):
+    """With dropout; the compiler's front end is real, the kernels are PyTorch's own."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    outcomes = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = temporal(kind)
+        factors = add_lora(model, dropout=0.2)
+        model.train()
+        for p in factors:
+            p.data += 0.1 * torch.randn_like(p)
+        if compiled:
+            torch.compiler.reset()
+            model.llama.compile_blocks(backend)
+        outcome = []
+        for lengths in ((3, 5, 4, 3, 4), (6, 6), (3, 4, 5), (8, 8, 9)):
+            batch = collate([encode_example(tokenizer, TITLES[:n], TITLES[-n]) for n in lengths])
+            outcome += cetrec.backward(model, batch, 0.3)
+            if len(lengths) == 5:
+                first = len(graphs)
+        outcomes.append((outcome, [p.grad for p in factors]))
+    assert 0 < len(graphs) == first     # the first batch's kernels serve all others
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
 
 
 def test_the_tiny_base_is_a_checkpoint_made_once_and_named_after_its_sources(tmp_path, world_data):

@@ -100,13 +100,13 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(tmp_path):
       "--device", "cpu"],
      {"lora_rank": 2, "lora_targets": ["q_proj", "o_proj"], "dtype": "bfloat16", "epochs": 2}),
     (["--recompute", "--dtype", "stored"], {"recompute": True, "dtype": "stored"}),
-    (["--compile"], {"compile": True}),
+    (["--compile", "--micro-batch", "5"], {"compile": True, "micro_batch": 5}),
     (["--ground-with", "base", "--ground-list", "single", "--length-penalty", "1"],
      {"ground_with": "base", "ground_list": "single", "length_penalty": 1.0}),
 ])
 def test_every_flag_reaches_the_run(tmp_path, capsys, flags, wanted, monkeypatch):
     recomputed, compiled = [], []
-    monkeypatch.setattr(torch, "compile", lambda call, dynamic: lambda *inputs: compiled.append(
+    monkeypatch.setattr(torch, "compile", lambda call, **how: lambda *inputs: compiled.append(
         1) or call(*inputs))
     monkeypatch.setattr("llama.checkpoint", lambda block, *inputs, **rest: recomputed.append(1) or
                         checkpoint(block, *inputs, **rest))
@@ -275,7 +275,7 @@ def test_help_names_every_option_with_its_default(capsys):
     assert stop.value.code == 0
     for field in cetrec.Options.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in text
-    others = ("eval-only", "recommend", "explain", "out")
+    others = ("resume", "eval-only", "recommend", "explain", "out")
     assert all(f"--{name}" in text for name in others)
     assert text.count("default: ") == len(cetrec.Options.__dataclass_fields__) + len(others)
 

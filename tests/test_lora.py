@@ -10,7 +10,7 @@ from conftest import small_config
 from safetensors.torch import load_file, save_file
 
 from llama import Llama, save_llama
-from lora import (ALL_LINEAR, LoraLinear, add_lora, dropout, load_lora, lora_parameters,
+from lora import (ALL_LINEAR, LoraLinear, SparseDropout, add_lora, drop_op, dropout, load_lora, lora_parameters,
                   merge_lora, save_lora)
 
 TOKENS = torch.tensor([[5, 9, 2, 44, 17, 3]])
@@ -88,6 +88,15 @@ def test_the_gradient_of_dropout_has_the_zeros_of_its_output():
     torch.testing.assert_close(turned.grad, (y != 0) / 0.7)
     assert dropout(x, 0.0) is x or torch.equal(dropout(x, 0.0), x)
     assert dropout(torch.ones(1), 0.001).shape == (1,)
+
+
+def test_the_dropout_operator_is_the_function_and_keeps_the_compilers_rules():
+    seed, x = torch.tensor(7), torch.randn(5, 7, 11, requires_grad=True)
+    for given in (x, x.transpose(0, 2)):
+        gradients = [torch.autograd.grad(call(given, 0.3, seed).square().sum(), x)[0]
+                     for call in (SparseDropout.apply, drop_op)]
+        assert torch.equal(*gradients) and 0 < (gradients[0] == 0).sum() < x.numel()
+        torch.library.opcheck(drop_op, (given, 0.3, seed))
 
 
 def test_rank_stabilised_scaling_by_hand(llama):
