@@ -337,11 +337,12 @@ def flop_count(config: LlamaConfig, batch: Batch) -> float:
 
 @dataclass
 class Timing:
-    """Of one contender: seconds of each round, peak GB, what the first round returned."""
+    """Of one contender: seconds of each round, peak GB, what the first round returned and took."""
 
     seconds: list[float]
     gigabytes: float
     result: object
+    first: float
 
     @property
     def median(self) -> float:
@@ -356,7 +357,8 @@ def worker(pipe, modules, contender, arguments) -> None:
         importlib.import_module(module)
     before = peak_memory(device)
     work = contender(**arguments)
-    first = work()
+    started = time.perf_counter()
+    first = work(), time.perf_counter() - started
     for _ in range(2):
         work()
     pipe.send(first)
@@ -379,7 +381,7 @@ def race(contenders: dict, rounds: int) -> dict[str, Timing]:
         process = context.Process(target=worker, args=(its, modules, contender, arguments))
         process.start()
         its.close()
-        running[name] = ours, process, Timing([], 0.0, ours.recv())
+        running[name] = ours, process, Timing([], 0.0, *ours.recv())
     for _ in range(rounds):
         for pipe, _, timing in running.values():
             pipe.send(True)
@@ -508,9 +510,16 @@ def tuning(options) -> dict:
                       "ours, one world (λ = 0)": (ours_tuning, common | {
                           "dtype": dtype, "lambda_ct": 0}),
                       "limit": (matrix_product, {"device": options.device, "dtype": dtype})}
+        stores = {"": dtype}
         if options.device == "cpu" and name != "tiny":
-            contenders |= {"ours, bfloat16 weights": (ours_tuning, common | {
-                "dtype": torch.bfloat16})}
+            stores[", bfloat16 weights"] = torch.bfloat16
+        for what, stored in stores.items():
+            if stored != dtype:
+                contenders["ours" + what] = ours_tuning, common | {"dtype": stored}
+            contenders[f"ours{what}, compiled"] = ours_tuning, common | {
+                "dtype": stored, "compile_blocks": True}
+        if B > 8:
+            contenders["ours, 8 rows at a time"] = ours_tuning, common | {"dtype": dtype, "rows": 8}
         if have("transformers", "peft"):
             contenders["transformers + peft"] = (theirs_tuning, common | {"dtype": dtype})
         times = race(contenders, options.rounds)
@@ -521,17 +530,21 @@ def tuning(options) -> dict:
                      f"{ratio(timing, ours):5.2f} x ours"]
             if timing.result is not None:
                 cells.append(f"loss {timing.result:.4f}")
+            if "compiled" in who:
+                cells.append(f"first step {timing.first:.0f} s")
             row(who, *cells)
         if "transformers + peft" not in times:
             row("transformers + peft", "not measured: not installed")
-        reached = flop_count(config, made) / ours.median
-        most = limit.result / limit.median
-        share = statistics.median(flop_count(config, made) / a / (limit.result / b)
-                                  for a, b in zip(ours.seconds, limit.seconds))
-        row("share of the machine's matrix product", f"{reached / 1e9:,.0f} of {most / 1e9:,.0f} "
-            f"GFLOP/s, {100 * share:.0f} %")
         found[name] = {who: [timing.median, timing.gigabytes, ratio(timing, ours)]
-                       for who, timing in times.items()} | {"share of limit": share}
+                       for who, timing in times.items()}
+        for who in ("ours", "ours, compiled"):
+            reached = flop_count(config, made) / times[who].median
+            most = limit.result / limit.median
+            share = statistics.median(flop_count(config, made) / a / (limit.result / b)
+                                      for a, b in zip(times[who].seconds, limit.seconds))
+            row(f"{who}: share of the matrix product", f"{reached / 1e9:,.0f} of {most / 1e9:,.0f} "
+                f"GFLOP/s, {100 * share:.0f} %")
+            found[name][f"{who}: share of limit"] = share
     return found
 
 

@@ -179,6 +179,47 @@ def test_an_adapter_is_evaluated_on_the_base_it_was_tuned_on_only(tmp_path, caps
     assert "temporal embedding rope" in capsys.readouterr().err
 
 
+def test_an_interrupted_command_says_how_to_go_on_and_goes_on(tmp_path, capsys, monkeypatch):
+    flags = [*QUICK, "--max-steps", "6", "--out", str(tmp_path)]
+    assert main(flags) == 0
+    whole, broken = tmp_path / "synthetic-rope-1", tmp_path / "synthetic-rope-2"
+    step, calls = cetrec.optimizer_step, []
+
+    def breaks(*inputs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        step(*inputs)
+
+    def tables(text):       # from the first table on, without the folder's name
+        return text[text.index("test: 40 sequences"):].partition("report ")[0]
+    wanted = tables(capsys.readouterr().out)
+    monkeypatch.setattr(cetrec, "optimizer_step", breaks)
+    assert main(flags) == 130
+    assert f"interrupted; go on with --resume {broken}\n" in capsys.readouterr().err
+    for part, damage, message in (("counts", {"train": 3}, "counts of the run, {'train': 3}, is"),
+                                  ("fingerprint", {}, "fingerprint of the run")):
+        record = json.loads((broken / "run.json").read_text())
+        (broken / "run.json").write_text(json.dumps(record | {part: damage}))
+        assert main(["--resume", str(broken)]) == 2 and message in capsys.readouterr().err
+        (broken / "run.json").write_text(json.dumps(record))
+    monkeypatch.setattr(cetrec, "evaluate_order", no_evaluation)        # interrupted once more
+    assert main(["--resume", str(broken)]) == 130 and len(calls) == 4 + 3
+    monkeypatch.undo()
+    assert main(["--resume", str(broken)]) == 0
+    assert tables(capsys.readouterr().out) == wanted
+    assert ({p.name for p in whole.iterdir()} == {p.name for p in broken.iterdir()})
+    for name in ("adapter_model.safetensors", "evaluation.safetensors"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    assert main(["--resume", str(broken)]) == 2
+    assert "this run is complete; --eval-only evaluates it again" in capsys.readouterr().err
+
+
+def no_evaluation(*inputs):
+    """Stands in for evaluate_order."""
+    raise KeyboardInterrupt
+
+
 def test_the_tiny_base_is_an_ordinary_checkpoint_for_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     assert main([*QUICK, "--max-steps", "1", "--eval-sequences", "5", "--out", str(tmp_path)]) == 0
@@ -227,6 +268,9 @@ def no_network(*args, **kwargs):
     (["--explain", "x", "--eval-only", "y"], "--eval-only and --explain: one at a time"),
     (["--eval-only", "nowhere"], "run.json: not found"),
     (["--eval-only", "x", "--lr", "1"], "does not go with --lr"),
+    (["--resume", "nowhere"], "--resume wants the folder of a run"),
+    (["--resume", "x", "--beams", "3"], "does not go with --beams"),
+    (["--micro-batch", "-1"], "--micro-batch is -1"),
 ])
 def test_each_user_error_is_one_line_and_status_2(tmp_path, capsys, flags, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
