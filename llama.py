@@ -432,6 +432,38 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), keys_values
 
 
+class FloatLinear(torch.autograd.Function):
+    """x Wᵀ in float32 for a W stored in less, a block of which is converted at a time: a float32
+    copy of a large vocabulary would be gigabytes.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        """(N, C), (V, C) -> (N, V) float32"""
+        ctx.save_for_backward(x, weight)
+        y = x.new_empty(len(x), len(weight), dtype=torch.float32)
+        for rows in FloatLinear.blocks(weight):
+            torch.mm(x.float(), weight[rows].float().t(), out=y[:, rows])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Gradients of x and, unless it is frozen, of the weight."""
+        (x, weight), grad_weight = ctx.saved_tensors, None
+        grad_x = torch.zeros_like(x, dtype=torch.float32)
+        for rows in FloatLinear.blocks(weight):
+            grad_x.addmm_(grad[:, rows], weight[rows].float())
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.t() @ x.float()).to(weight.dtype)
+        return grad_x.to(x.dtype), grad_weight
+
+    @staticmethod
+    def blocks(weight: Tensor) -> list[slice]:
+        """Rows that make 4 MB in float32, what a CPU's cache holds; on a GPU 256 MB."""
+        rows = max(1, 2**(26 if weight.is_cuda else 20) // weight.shape[1])
+        return [slice(start, start + rows) for start in range(0, len(weight), rows)]
+
+
 class Llama(nn.Module):
     """The decoder. `forward` stops at the final norm, so logits are computed only where wanted."""
 
@@ -466,7 +498,11 @@ class Llama(nn.Module):
 
         (..., C) -> (..., V)
         """
-        return F.linear(hidden.float(), self.lm_head.weight.float())
+        weight = self.lm_head.weight
+        if weight.dtype == torch.float32:
+            return F.linear(hidden, weight)
+        logits = FloatLinear.apply(hidden.reshape(-1, hidden.shape[-1]), weight)
+        return logits.view(*hidden.shape[:-1], -1)
 
     def positions(self, new: int, cache: KVCache | None, device) -> Tensor:
         """Default positions of `new` tokens: counted on from the cache, less its hidden slots.

@@ -10,8 +10,8 @@ import torch
 from conftest import small_config
 
 import llama as llama_module
-from llama import (KVCache, attend_explicit, attend_fused, inverse_frequencies, load_llama,
-                   rotate)
+from llama import (FloatLinear, KVCache, attend_explicit, attend_fused, inverse_frequencies,
+                   load_llama, rotate)
 from lora import ALL_LINEAR, add_lora
 
 TOKENS = torch.tensor([[5, 9, 2, 44, 17, 3, 60, 8]])
@@ -237,6 +237,22 @@ def test_logits_are_float32_and_unrounded_in_a_bfloat16_model(llama):
     assert hidden.dtype == torch.bfloat16
     exact = hidden.double() @ llama.lm_head.weight.double().T
     torch.testing.assert_close(llama.logits(hidden).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_in_blocks_of_words_equal_the_product_with_gradients():
+    x = torch.randn(5, 16).bfloat16().requires_grad_()
+    weight, grad = torch.randn(100_000, 16).bfloat16().requires_grad_(), torch.randn(5, 100_000)
+    assert len(FloatLinear.blocks(weight)) == 2
+    y, exact = FloatLinear.apply(x, weight), x.double() @ weight.double().T
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+    for ours, wanted in zip(torch.autograd.grad(y, (x, weight), grad),
+                            torch.autograd.grad(exact, (x, weight), grad.double())):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, wanted)
+    frozen = weight.detach()
+    assert torch.equal(torch.autograd.grad(FloatLinear.apply(x, frozen), x, grad)[0],
+                       torch.autograd.grad(FloatLinear.apply(x, weight), x, grad)[0])
 
 
 def test_a_really_trained_llama_says_its_known_text():
