@@ -17,6 +17,7 @@ Shapes: B batch, T tokens, C width, V vocabulary, M supervised positions, A plac
 import argparse
 import ctypes
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -292,8 +293,8 @@ def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
 
 def backward(model: TemporalLlama, batch: Batch, lambda_ct: float,
              rows: int = sys.maxsize) -> list[Tensor | None]:
-    """Gradients of Eq. 10 for a batch, so many rows at a time: a sum over parts, each weighed by its
-    share of the targets, equals the whole in less memory. Returns (L, L_TA, L_CT), detached.
+    """Gradients of Eq. 10 for a batch, so many rows at a time: the sum over parts, each weighed by
+    its share of the targets, is the whole's. Returns (L, L_TA, L_CT), detached.
     """
     device, parts = next(model.parameters()).device, []
     for part in batch.split(rows):
@@ -377,13 +378,9 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, opti
         while step < total and (not losses or losses[-1] == min(losses)):
             model.train()
             begin, skip, done["batch"] = rng.bit_generator.state, done["batch"], 0
+            epoch = batches(model.tokenizer, train_set, options.batch_size, rng)
             asked = since = saved = time.perf_counter()
-            for number, batch in enumerate(batches(model.tokenizer, train_set, options.batch_size,
-                                                   rng), start=1):
-                if number <= skip:
-                    asked = since = time.perf_counter()
-                    continue
-
+            for number, batch in enumerate(itertools.islice(epoch, skip, None), start=skip + 1):
                 # rate, both worlds, one loss; backward, clip, step
                 step, waited = step + 1, waited + time.perf_counter() - asked
                 lr = learning_rate(step, total, options.lr, options.warmup)
@@ -399,7 +396,9 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, opti
                 if step % max(1, total // 20) == 0 or step in (1, total) or now - saved > 300:
                     entry = write_steps(log, pending, since, folder)
                     since, pending = time.perf_counter(), []
-                    left = (since - warm) / (step - first - 1) * (total - step) if now > warm else None
+                    left = None
+                    if step > first + 1:
+                        left = (since - warm) / (step - first - 1) * (total - step)
                     bar.write(log_line(entry, total, options.lambda_ct, peak_memory(device), left),
                               file=sys.stdout)
                     if step < total:
@@ -715,8 +714,9 @@ def parser() -> argparse.ArgumentParser:
     flag("--compile", "let torch.compile make kernels for the blocks; the first steps take up to "
          "minutes, and CPUs want a C++ compiler", "no",
          action=argparse.BooleanOptionalAction)
-    flag("--resume", "go on with the interrupted run in this folder, from its checkpoint; goes with "
-         "--data-dir, --device, and --model where the base has moved", "a new run", metavar="RUN")
+    flag("--resume", "go on with the interrupted run in this folder from its last checkpoint; goes "
+         "with --data-dir, --device, and --model where the base has moved", "a new run",
+         metavar="RUN")
     flag("--recompute", "run each block again in the backward pass instead of keeping its "
          "activations: less memory, about 40 %% more time", "no",
          action=argparse.BooleanOptionalAction)
@@ -787,9 +787,10 @@ def fill_in(given: dict) -> Options:
             print("--temporal none leaves one world only: λ is 0 in this run (w.o. Both = BIGRec)")
         given["lambda_ct"] = 0.0
     defaults = {"model": "tiny", "temporal": "rope", "lambda_ct": 0.1, "sinpe_scale": 1.0,
-                "max_steps": 0, "micro_batch": 0, "recompute": False, "compile": False, "decode": "beams",
-                "ground_with": "tuned", "ground_list": "merged", "exclude_history": True,
-                "eval_sequences": 1_000, "device": "auto", "dtype": "auto"}
+                "max_steps": 0, "micro_batch": 0, "recompute": False, "compile": False,
+                "decode": "beams", "ground_with": "tuned", "ground_list": "merged",
+                "exclude_history": True, "eval_sequences": 1_000, "device": "auto",
+                "dtype": "auto"}
     given = check_decoding(given, given.get("decode", "beams"))
     return Options(**(data | defaults | preset(given.get("model", "tiny"), data["data"]) | given))
 
@@ -950,7 +951,8 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with --resume {folder}" if tune else "") from None
     write_json(folder / ("run.json" if tune else "eval.json"), record)
-    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    if tune:
+        (folder / "checkpoint.safetensors").unlink()
     print(format_result(record["metrics"]))
     from experiments.report import Run, write_report
     print(write_report([Run.from_folder(folder)], folder))

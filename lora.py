@@ -93,8 +93,9 @@ def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
 # the same for torch.compile, which cannot look into it; called from Python it would be slower
 drop_op = torch.library.custom_op("cetrec::drop", drop, mutates_args=())
 drop_op.register_fake(lambda x, p, seed: x.new_empty(x.shape))
-drop_op.register_autograd(lambda ctx, grad: (drop_op(grad, *ctx.rest), None, None),
-                          setup_context=lambda ctx, inputs, output: setattr(ctx, "rest", inputs[1:]))
+drop_op.register_autograd(
+    lambda ctx, grad: (drop_op(grad, ctx.p, ctx.seed), None, None),
+    setup_context=lambda ctx, inputs, output: vars(ctx).update(p=inputs[1], seed=inputs[2]))
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

@@ -96,8 +96,8 @@ def random_llama(config: LlamaConfig, device: str, dtype: torch.dtype) -> Llama:
 
 def ours_tuning(config, batch_size, device, dtype, without="", lambda_ct=0.1, items=10,
                 drawn=1, rows=0, compile_blocks=False) -> Callable:
-    """One tuning step of ours; without: the idea left out; rows: worked on at a time. -> loss before
-    the step
+    """One tuning step of ours, or more if more are drawn; without: the idea left out; rows: worked
+    on at a time. -> loss before the last step
     """
     if without != "freed memory kept":
         keep_freed_memory()

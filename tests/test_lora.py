@@ -10,8 +10,8 @@ from conftest import small_config
 from safetensors.torch import load_file, save_file
 
 from llama import Llama, save_llama
-from lora import (ALL_LINEAR, LoraLinear, SparseDropout, add_lora, drop_op, dropout, load_lora, lora_parameters,
-                  merge_lora, save_lora)
+from lora import (ALL_LINEAR, LoraLinear, SparseDropout, add_lora, drop_op, dropout, load_lora,
+                  lora_parameters, merge_lora, save_lora)
 
 TOKENS = torch.tensor([[5, 9, 2, 44, 17, 3]])
 
