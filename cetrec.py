@@ -976,9 +976,14 @@ def check_same(folder: Path, record: dict) -> None:
     saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     here = json.loads(json.dumps(record))
     for key in saved.keys() - {"options", "base", "versions"}:
-        if saved[key] != here.get(key):
-            raise ValueError(f"{folder}: {key} of the run, {saved[key]}, is now {here.get(key)}; "
-                             "the run can go on with the data and the base it began with only")
+        was, now = saved[key], here.get(key)
+        if was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):     # what differs, only
+            was, now = ({k: v for k, v in one.items() if v != other.get(k)}
+                        for one, other in ((was, now), (now, was)))
+        raise ValueError(f"{folder}: {key} of the run, {was}, is now {now}; the run can go on with "
+                         "the data and the base it began with only")
 
 
 def temporal_picture(model: TemporalLlama, ages, items: int) -> dict[str, np.ndarray]:

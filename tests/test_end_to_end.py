@@ -197,10 +197,12 @@ def test_an_interrupted_command_says_how_to_go_on_and_goes_on(tmp_path, capsys, 
     monkeypatch.setattr(cetrec, "optimizer_step", breaks)
     assert main(flags) == 130
     assert f"interrupted; go on with --resume {broken}\n" in capsys.readouterr().err
-    for part, damage, message in (("counts", {"train": 3}, "counts of the run, {'train': 3}, is"),
-                                  ("fingerprint", {}, "fingerprint of the run")):
+    for part, damage, message in (
+            ("counts", {"train": 3}, "counts of the run, {'train': 3}, is now {'train': 200}"),
+            ("fingerprint", {"base": "b"}, "fingerprint of the run, {'base': 'b'}, is now")):
         record = json.loads((broken / "run.json").read_text())
-        (broken / "run.json").write_text(json.dumps(record | {part: damage}))
+        changed = record | {part: record[part] | damage}
+        (broken / "run.json").write_text(json.dumps(changed))
         assert main(["--resume", str(broken)]) == 2 and message in capsys.readouterr().err
         (broken / "run.json").write_text(json.dumps(record))
     monkeypatch.setattr(cetrec, "evaluate_order", no_evaluation)        # interrupted once more
