@@ -36,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from safetensors.torch import save_file as save_tensors
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -444,8 +443,8 @@ def save_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, best: list[T
         tensors[f"random/{kind}"] = torch.get_device_module(kind).get_rng_state()
     path = folder / "checkpoint.safetensors"
     part = path.with_name(path.name + ".part")
-    save_tensors({name: x.cpu().contiguous() for name, x in tensors.items()}, part,
-                 {"sampling": json.dumps(sampling), "done": json.dumps(done)})
+    save_file({name: x.numpy(force=True) for name, x in tensors.items()}, part,
+              {"sampling": json.dumps(sampling), "done": json.dumps(done)})
     os.replace(part, path)
 
 

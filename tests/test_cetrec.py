@@ -1,6 +1,7 @@
 """cetrec.py: every equation by hand and as a property, the loop, the tiny base, the command
 line."""
 
+import itertools
 import json
 import math
 
@@ -409,6 +410,22 @@ def test_an_interrupted_run_goes_on_to_the_same_factors_and_log(tmp_path, tempor
     done, again, _ = tuned(tmp_path / "broken")             # tuning is over: nothing is left to do
     assert not calls and again["steps"] == 30
     assert all(torch.equal(a, b) for a, b in zip(whole, done))
+
+
+def test_a_checkpoint_is_written_at_printed_steps_and_when_five_minutes_have_passed(
+        tmp_path, temporal, world_data, monkeypatch):
+    train_set, valid_set, _ = world_data
+    saved = []
+    monkeypatch.setattr(cetrec, "save_checkpoint", lambda *rest: saved.append(rest[-1]["step"]))
+    for pace, wanted in ((0.001, [1, *range(2, 41, 2)]), (301, list(range(1, 41)))):
+        clock = itertools.count(0, pace)
+        monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+        model = temporal("rope")
+        add_lora(model)
+        train(model, train_set.select(slice(0, 80)), valid_set, options(epochs=1, batch_size=2),
+              tmp_path)
+        assert saved == wanted
+        saved.clear()
 
 
 def test_a_damaged_checkpoint_or_one_of_other_factors_is_one_clear_error(tmp_path, temporal,

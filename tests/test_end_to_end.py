@@ -208,6 +208,10 @@ def test_an_interrupted_command_says_how_to_go_on_and_goes_on(tmp_path, capsys, 
     monkeypatch.setattr(cetrec, "evaluate_order", no_evaluation)        # interrupted once more
     assert main(["--resume", str(broken)]) == 130 and len(calls) == 4 + 3
     monkeypatch.undo()
+    assert main(["--eval-only", str(broken)]) == 0                      # looks, and changes nothing
+    assert (broken / "checkpoint.safetensors").is_file()
+    (broken / "eval.json").unlink()
+    capsys.readouterr()
     assert main(["--resume", str(broken)]) == 0
     assert tables(capsys.readouterr().out) == wanted
     assert ({p.name for p in whole.iterdir()} == {p.name for p in broken.iterdir()})
