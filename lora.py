@@ -1,8 +1,10 @@
-"""LoRA: low-rank factors Φ beside frozen weights Θ (§3.1, Eq. 2).  y = W x + (α/R) B A dropout(x)
+"""LoRA: low-rank factors Φ beside the frozen weights Θ (§3.1, Eq. 2).  y = W x + (α/R) B A x
 
-Knows only torch. Files have peft's layout and names (adapter_config.json,
-adapter_model.safetensors).
-Left out: DoRA, biases, other modules saved whole, ranks that differ by layer; files with them are
+Eq. 2 maximises the likelihood over Φ alone. This file adds the factors to any module, and reads and
+writes them in the files of the peft library (adapter_config.json, adapter_model.safetensors). It
+needs torch only.
+
+Left out: DoRA, biases, modules saved whole, ranks that differ by layer. Files that have them are
 refused by name.
 
 Shapes: R rank; A (R, in), B (out, R).
@@ -21,24 +23,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-# What an adapter_config.json may say without changing y: how it was made, or a part of a feature
-# that is off. Everything else that is set there and not read below is refused.
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# What an adapter_config.json may say without changing y: how the adapter was made, or a part of a
+# feature that is off. Whatever else is set there, and is not read below, is refused.
 HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
             "inference_mode", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
 READ_BELOW = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora",
               "bias", "init_lora_weights"}
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The paper gives none of these; BIGRec, which it builds on, documents these (D5)."""
+    """The paper gives none of these (D5); the defaults are those of BIGRec, which it builds on."""
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.05
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    rslora: bool = False        # rank-stabilised: α/√R instead of α/R
+    rslora: bool = False        # rank-stabilised: the product counts α/√R instead of α/R
 
     def __post_init__(self):
         if type(self.rank) is not int or self.rank < 1:
@@ -56,80 +59,39 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """Factor on B A."""
+        """What the product B A is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-class SparseDropout(torch.autograd.Function):
-    """Dropout that draws a number for each zero instead of one for each element, of which there are
-    1/p times as many: on CPUs the drawing took a tenth of a tuning step.
+class LoraLinear(nn.Linear):
+    """A frozen linear map with its factors.
 
-    The gaps between zeros are geometric, so every element is zero with probability p whatever the
-    others are. The seed says where they are; the gradient has its zeros at the same places.
+    A starts at random and B at zero. So B A = 0 before the first step, and adding factors does not
+    change the model; yet B has a gradient, because A is not zero.
     """
 
-    @staticmethod
-    def forward(ctx, x: Tensor, p: float, seed: Tensor) -> Tensor:
-        """Any shape, 0 < p < 1, () -> x's shape"""
-        ctx.p, ctx.seed = p, seed
-        return drop(x, p, seed)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        """Of x only."""
-        return drop(grad, ctx.p, ctx.seed), None, None
-
-
-def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """x / (1 - p), and 0 at places that the seed tells."""
-    n = x.numel()
-    enough = int(n * p + 7 * math.sqrt(n * p) + 20)         # gaps to pass the end, all but surely
-    uniform = torch.rand(enough, generator=torch.Generator().manual_seed(int(seed)))
-    zeros = uniform.neg_().log1p_().div_(math.log1p(-p)).long().add_(1).cumsum(0).sub_(1)
-    zeros = zeros[:int(torch.searchsorted(zeros, n))]
-    return (x / (1 - p)).flatten().index_fill_(0, zeros, 0).view(x.shape)
-
-
-# the same for torch.compile, which cannot look into it; called from Python it would be slower
-drop_op = torch.library.custom_op("cetrec::drop", drop, mutates_args=())
-drop_op.register_fake(lambda x, p, seed: x.new_empty(x.shape))
-drop_op.register_autograd(
-    lambda ctx, grad: (drop_op(grad, ctx.p, ctx.seed), None, None),
-    setup_context=lambda ctx, inputs, output: vars(ctx).update(p=inputs[1], seed=inputs[2]))
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Each element 0 with probability p, else x / (1 - p)."""
-    if p == 0 or x.device.type != "cpu":
-        return F.dropout(x, p)
-    call = drop_op if torch.compiler.is_compiling() else SparseDropout.apply
-    return call(x, p, torch.randint(2**62, ()))
-
-
-class LoraLinear(nn.Linear):
-    """A frozen linear map and its factors. A is random, B zero: B A = 0 before the first step."""
-
     def __init__(self, linear: nn.Linear, config: LoraConfig):
-        nn.Module.__init__(self)        # shares the weight: nothing is allocated or copied
+        nn.Module.__init__(self)        # not nn.Linear's: the weight is shared, nothing allocated
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.config = config
-        self.scale = config.scale
         self.active = True              # see without_factors
         w = linear.weight
         self.A = nn.Parameter(w.new_empty(config.rank, w.shape[1], dtype=torch.float32))
         self.B = nn.Parameter(w.new_zeros(w.shape[0], config.rank, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.train(linear.training)     # born in training mode; wrapping must not switch it
+        self.train(linear.training)     # a new module is in training mode; the wrapped may not be
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out). Computes in x's precision; the factors are kept in float32."""
+        """(.., in) -> (.., out). Factors are kept in float32 and multiply in x's precision.
+
+        The product is added to y in place, because by itself it would be as large as y.
+        """
         y = F.linear(x, self.weight, self.bias)
-        if self.active:     # added in place: a product of its own would be as wide as y
-            dropped = dropout(x, self.config.dropout) if self.training else x
-            low = F.linear(dropped, self.A.to(x.dtype))
+        if self.active:
+            low = F.linear(F.dropout(x, self.config.dropout, self.training), self.A.to(x.dtype))
             y.view(-1, self.out_features).addmm_(
-                low.reshape(-1, self.config.rank), self.B.t().to(x.dtype), alpha=self.scale)
+                low.reshape(-1, self.config.rank), self.B.t().to(x.dtype), alpha=self.config.scale)
         return y
 
 
@@ -137,11 +99,16 @@ def _adapted(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
 
 
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All factors Φ, in the order of the modules."""
+    return [p for m in _adapted(model).values() for p in (m.A, m.B)]
+
+
 def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.05,
              targets=("q_proj", "v_proj"), rslora: bool = False) -> list[nn.Parameter]:
-    """Freeze the model, then wrap every linear map named in targets. Returns the factors Φ.
+    """Freeze the model (Θ), then wrap every linear map named in targets. Returns the factors (Φ).
 
-    Raises ValueError for a second call, a bad setting, or a target the model does not have.
+    Raises ValueError for a second call, a bad setting, or a target that the model does not have.
     """
     config = LoraConfig(rank, alpha, dropout, tuple(targets), rslora)
     if _adapted(model):
@@ -158,14 +125,9 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float 
     return lora_parameters(model)
 
 
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All factors, in module order."""
-    return [p for m in _adapted(model).values() for p in (m.A, m.B)]
-
-
 @contextmanager
 def without_factors(model: nn.Module):
-    """Within this context the model is its base: factors stay, but are left out."""
+    """In this context the model computes what its base does."""
     adapted = _adapted(model).values()
     for m in adapted:
         m.active = False
@@ -176,8 +138,31 @@ def without_factors(model: nn.Module):
             m.active = True
 
 
+def merge_lora(model: nn.Module) -> None:
+    """Replace W by W + (α/R) B A and drop the factors.
+
+    The sum is formed in float32 and stored in W's precision. The outcome is another base.
+    """
+    _unwrap(model, lambda m: nn.Parameter(
+        (m.weight.float() + m.config.scale * (m.B @ m.A)).to(m.weight.dtype).detach(),
+        requires_grad=False))
+
+
+def _unwrap(model: nn.Module, weight) -> None:
+    """Put plain linear maps with weight(m) in the place of the wrapped ones."""
+    for name, m in _adapted(model).items():
+        linear = nn.Linear(m.in_features, m.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = weight(m), m.bias
+        parent, _, child = name.rpartition(".")
+        model.get_submodule(parent).register_module(child, linear)
+
+
+# ----------------------------------------------------------------------------------------------
+# Files
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Factors under peft's names, which start where the published model does."""
+    """The factors under peft's names, which begin where the published model does."""
     return {f"base_model.model.model.{name[name.index('layers.'):]}.lora_{factor}.weight":
             getattr(m, factor).data for name, m in _adapted(model).items() for factor in "AB"}
 
@@ -185,10 +170,9 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def save_lora(model: nn.Module, folder: str | Path, base: str | None = None) -> None:
     """Write adapter_model.safetensors and adapter_config.json; each file appears whole.
 
-    base: the folder or Hub name of the base, for peft's `base_model_name_or_path`.
+    base: the folder or the Hub name of the base, which peft reads as `base_model_name_or_path`.
     """
-    folder = Path(folder)
-    tensors = _tensors(model)
+    folder, tensors = Path(folder), _tensors(model)
     if not tensors:
         raise ValueError("this model has no LoRA factors; call add_lora(model) first")
     config = next(iter(_adapted(model).values())).config
@@ -207,7 +191,7 @@ def save_lora(model: nn.Module, folder: str | Path, base: str | None = None) -> 
 
 
 def _read_config(path: Path) -> LoraConfig:
-    """Settings of an adapter_config.json; ValueError for what would compute something else."""
+    """Settings of an adapter_config.json. ValueError for whatever would compute something else."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"peft_type is {settings.get('peft_type')!r}; wanted 'LORA'")
@@ -225,14 +209,14 @@ def _read_config(path: Path) -> LoraConfig:
         targets = ALL_LINEAR
     if not isinstance(targets, list | tuple):
         raise ValueError(f"target_modules is {targets!r}; wanted a list of names or 'all-linear'")
-    # peft writes "all-linear" out as full names; that none is left out shows in the tensors' names
+    # peft may write full names; whether one of them was left out shows in the tensors' names
     short = tuple(dict.fromkeys(str(name).rpartition(".")[2] for name in targets))
     return LoraConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout", 0.0),
                       short, settings.get("use_rslora", False))
 
 
 def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
-    """Add factors with the folder's settings and read them strictly. Returns the factors.
+    """Add factors with the settings of the folder and read them strictly. Returns the factors.
 
     Raises FileNotFoundError or ValueError, which name the file, and leaves the model as it was.
     """
@@ -252,10 +236,9 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
     except SafetensorError as error:
         raise ValueError(f"{weights}: damaged or truncated ({error})") from None
     factors = add_lora(model, **asdict(config))
-    wanted = _tensors(model)
+    wanted, fault = _tensors(model), None
     wrong = sorted(name for name in wanted.keys() | stored.keys() if name not in wanted or
                    name not in stored or wanted[name].shape != stored[name].shape)
-    fault = None
     if wrong:
         fault = (f"{len(wrong)} tensors missing, unexpected or of another shape, e.g. "
                  f"{', '.join(wrong[:3])}. Is it an adapter of this base?")
@@ -267,27 +250,3 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
     for name, tensor in wanted.items():
         tensor.copy_(stored[name])
     return factors
-
-
-def _unwrap(model: nn.Module, weight) -> None:
-    """Put plain linear maps with weight(m) in the place of the adapted ones."""
-    for name, m in _adapted(model).items():
-        linear = nn.Linear(m.in_features, m.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = weight(m), m.bias
-        parent, _, child = name.rpartition(".")
-        model.get_submodule(parent).register_module(child, linear)
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Replace W by W + scale B A, summed in float32 and stored in W's precision; drop the factors.
-
-    The outcome is another base: a fingerprint of the old one is forgotten.
-    """
-    def merged(m: LoraLinear) -> nn.Parameter:
-        total = m.weight.float() + m.scale * (m.B @ m.A)
-        return nn.Parameter(total.to(m.weight.dtype).detach(), requires_grad=False)
-
-    _unwrap(model, merged)
-    for part in model.modules():
-        if hasattr(part, "fingerprint"):
-            part.fingerprint = None

@@ -12,9 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cetrec import TemporalLlama, tiny_tokenizer  # noqa: E402
+from cetrec import TemporalLlama  # noqa: E402
 from data import Tokenizer  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
+from support.tiny import tiny_tokenizer  # noqa: E402
 
 TITLES = ["Heat (1995)", "Toy Story (1995)", 'Say "Cheese", Amélie (2001)',
           "Seven 7 Samurai (1954)", "Jumanji (1995)", "Heat", "Alien³ (1992)", "1984 (1984)",

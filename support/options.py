@@ -1,0 +1,251 @@
+"""The flags of the command: one frozen dataclass, one field a flag, all of a flag in one place.
+
+`flag` holds its group, help, default, choices and least value. The parser, the defaults, the check
+and the record in run.json are made from that.
+"""
+
+import argparse
+import math
+from dataclasses import asdict, dataclass, field, fields
+
+from data import DOMAINS
+from evaluate import Decoding
+from lora import ALL_LINEAR, LoraConfig
+from support.datasets import FORMATS, SAMPLE, check_preparation
+
+TEMPORAL = ("rope", "rope-attention", "sinpe", "none")
+LISTS = ("beams", "titles", "exact")
+EVALUATION = {"eval_sequences", "lists", "beams", "length_penalty", "ground_with", "ground_list",
+              "exclude_history"}
+
+
+def flag(group: str, text: str, default, *, tiny=None, by_data: dict | None = None,
+         choices=None, low: float | None = None, metavar: str | None = None, told: str = ""):
+    """A field of Options.
+
+    default: of published bases; tiny: of the tiny base, where it differs; by_data: of the tiny base
+    on some data sets. told: the default in words, where these do not say it.
+    """
+    presets = {"published": default} | ({} if tiny is None else {"tiny": tiny}) | (by_data or {})
+    return field(metadata={"group": group, "text": text, "presets": presets, "choices": choices,
+                           "low": low, "metavar": metavar, "told": told})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Everything that a run depends on; run.json records it."""
+
+    data: str = flag(
+        "data", "synthetic needs no download; movielens is MovieLens-1M; these are fetched if need "
+        f"be: {', '.join(FORMATS)}; or a folder of your own with interactions.csv (user, item, "
+        "timestamp) and items.csv (item, title), or with RecBole's NAME.inter and NAME.item",
+        "synthetic", metavar="NAME|FOLDER")
+    data_dir: str = flag("data", "where the public data sets are, or are put", "data",
+                         metavar="DIR")
+    domain: str | None = flag("data", "the prompt's words for an item", None, choices=[*DOMAINS],
+                              told="movies, games or artists with public data, items with a folder")
+    sample: float = flag("data", "share of the interactions to keep, by drawing users; with steam "
+                         "the share of the users and of the games", 1.0, metavar="SHARE",
+                         told="0.1 with movielens and 1/3 with steam, as the paper's text (D4); "
+                         "else 1")
+    chronological: bool = flag("data", "lastfm only: order by the date of tagging; the field orders "
+                               "by artist number, not by time (D9)", False)
+    index: str = flag("data", "what k of an item counts in Eq. 6: order, its steps back from the "
+                      "newest (D1); or time, log2(1 + days before the recommendation), which is "
+                      "beyond the paper (D15)", "order", choices=["order", "time"])
+    skip_bad_lines: bool = flag("data", "count malformed lines instead of stopping at the first",
+                                False)
+    order_strength: float = flag("data", "synthetic only: how much the order of a history decides "
+                                 "the next item, from 0 (not at all) to 1", 1.0, metavar="S")
+    limit_train: int = flag("data", "use the N latest training sequences only; 0 means all", 0,
+                            low=0, metavar="N")
+    seed: int = flag("data", "of world, samples, base and tuning", 0, low=0)
+
+    model: str = flag(
+        "model", "tiny is a small Llama that is trained here, on shuffled histories; or a folder "
+        "with config.json, safetensors and tokenizer.json; or a repository on the Hugging Face Hub "
+        "such as meta-llama/Llama-3.2-1B, which is fetched once", "tiny",
+        metavar="tiny|FOLDER|HUB_NAME")
+    temporal: str = flag(
+        "model", "temporal embedding of item tokens: rope rotates their input embedding (Eq. 4, "
+        "D2); rope-attention turns them by t + k inside attention (Eq. 5); sinpe is added (Eq. 3); "
+        "none leaves BIGRec and makes λ 0", "rope", choices=TEMPORAL)
+    sinpe_scale: float = flag("model", "factor on p_k of Eq. 3, with --temporal sinpe only (D8)",
+                              1.0, low=0, metavar="X")
+    lora_rank: int = flag("model", "rank R of the factors (D5)", 8, tiny=16, metavar="R")
+    lora_alpha: float = flag("model", "the factors' product counts α/R", 16.0, tiny=32.0,
+                             metavar="α")
+    lora_dropout: float = flag("model", "probability of dropout on the factors' input", 0.05,
+                               tiny=0.0, metavar="P")
+    lora_targets: tuple[str, ...] = flag(
+        "model", "linear maps that get factors, with commas, or all-linear", ("q_proj", "v_proj"),
+        tiny=ALL_LINEAR, metavar="NAMES", told="q_proj,v_proj; with the tiny base all-linear")
+
+    lambda_ct: float = flag("tuning", "weight λ of L_CT in Eq. 10; 0 is the paper's w.o. CT. The "
+                            "paper tries 0.01, 0.1, 0.5, 1 and 10", 0.1, low=0, metavar="λ")
+    lr: float = flag("tuning", "peak rate of AdamW; the paper has 1e-4", 1e-4, tiny=3e-3,
+                     by_data={"synthetic": 4e-3}, low=0)
+    batch_size: int = flag("tuning", "sequences a step", 64, tiny=128, by_data={"synthetic": 64},
+                           low=1, metavar="N")
+    epochs: int = flag("tuning", "at most; tuning stops after an epoch without a better validation "
+                       "L_TA", 3, tiny=1, by_data={"synthetic": 3}, low=1, metavar="N")
+    least_steps: int = flag("tuning", "allow more epochs on small data, until there are N steps",
+                            300, low=0, metavar="N",
+                            told="300; 0 where --epochs or --max-steps is given")
+    warmup: int = flag("tuning", "steps of linear warm-up, but at most a tenth of all; then linear "
+                       "decay", 20, tiny=50, low=0, metavar="N")
+    max_steps: int = flag("tuning", "stop tuning after N steps; 0 means no limit", 0, low=0,
+                          metavar="N")
+    micro_batch: int = flag("tuning", "rows of a batch to work on at a time, with the same "
+                            "gradient; 0 means as many as fit the memory", 0, low=0, metavar="N")
+    recompute: bool = flag("tuning", "run each block again in the backward pass instead of keeping "
+                           "what it computed: less memory, more time", False)
+    compile: bool = flag("tuning", "let torch.compile make kernels for the blocks; the first step "
+                         "takes up to a minute, and CPUs want a C++ compiler", False)
+
+    eval_sequences: int = flag("evaluation", "size of a seeded sample of the test split; 0 means "
+                               "all of it", 1_000, low=0, metavar="N")
+    lists: tuple[str, ...] = flag(
+        "evaluation", "how lists of ten are made, with commas: beams is the paper's, free text "
+        "grounded in the catalogue (§5.1.4); titles, ten beams that stay on the catalogue's "
+        "titles; exact, every title scored", ("beams", "titles"), metavar="NAMES",
+        told="beams,titles")
+    beams: int = flag("evaluation", "beams of the paper's lists", 5, low=1, metavar="W")
+    length_penalty: float = flag(
+        "evaluation", "a beam's score is its summed log-probability over its number of tokens to "
+        "this power: 1, as in CFT, favours long titles, 0 does not (D10)", 1.0, tiny=0.0, low=0,
+        metavar="P")
+    ground_with: str = flag("evaluation", "weights that embed texts and titles: tuned, as in CFT, "
+                            "or base, without the factors, as in BIGRec (D11)", "tuned",
+                            choices=["tuned", "base"])
+    ground_list: str = flag("evaluation", "merged takes the beams' neighbours in turn, as CFT; "
+                            "single those of the best beam, as BIGRec (D7)", "merged",
+                            choices=["merged", "single"])
+    exclude_history: bool = flag("evaluation", "leave items of the history out of the lists, "
+                                 "§5.1.2 (D13)", True)
+
+    device: str = flag("run", "auto takes cuda, then mps, then cpu", "auto",
+                       choices=["auto", "cpu", "cuda", "mps"])
+    dtype: str = flag("run", "of the frozen weights; factors, logits and losses are float32. auto: "
+                      "bfloat16 on cuda (float16 where the card has no bfloat16), else float32; "
+                      "stored: as in the files", "auto",
+                      choices=["auto", "stored", "float32", "bfloat16", "float16"])
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, low = getattr(self, f.name), f.metadata["low"]
+            if low is not None and not low <= value < math.inf:
+                raise ValueError(f"{as_flag(f.name)} is {value}; wanted a finite number of at "
+                                 f"least {low}")
+        check_preparation(self.data, self.sample, self.chronological)
+        if self.index == "time" and self.data == "lastfm" and not self.chronological:
+            raise ValueError("--index time wants times, and lastfm as the field uses it has none; "
+                             "add --chronological")
+        if self.compile and self.recompute:
+            raise ValueError("--compile and --recompute: one at a time")
+        if unknown := sorted(set(self.lists) - set(LISTS)) or (not self.lists and ["nothing"]):
+            raise ValueError(f"--lists: {unknown[0]}; wanted some of {', '.join(LISTS)}")
+        LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
+
+    @classmethod
+    def from_flags(cls, given: dict) -> "Options":
+        """Options from the flags given and the preset that goes with the base and the data.
+
+        Raises ValueError for contradictions.
+        """
+        given = dict(given)
+        data, temporal = given.get("data", "synthetic"), given.get("temporal", "rope")
+        for name, goes_with, here in (
+                ("order_strength", "--data synthetic", data == "synthetic"),
+                ("data_dir", "a public data set", data in FORMATS),
+                ("sample", "data that are not synthetic", data != "synthetic"),
+                ("domain", "data that are not synthetic", data != "synthetic"),
+                ("sinpe_scale", "--temporal sinpe", temporal == "sinpe")):
+            if name in given and not here:
+                raise ValueError(f"{as_flag(name)} goes with {goes_with}; drop it, or add that")
+        if temporal == "none":
+            if given.get("lambda_ct"):
+                print("--temporal none leaves one world only: λ is 0 in this run (w.o. Both = "
+                      "BIGRec)")
+            given["lambda_ct"] = 0.0
+        if given.keys() & {"epochs", "max_steps"}:
+            given.setdefault("least_steps", 0)
+        for name, short in (("lora_targets", {"all-linear": ALL_LINEAR}), ("lists", {})):
+            if name in given:
+                given[name] = short.get(given[name]) or tuple(given[name].split(","))
+        wanted = ["published"] if given.get("model", "tiny") != "tiny" else [
+            data, "tiny", "published"]
+        presets = {f.name: f.metadata["presets"] for f in fields(cls)}
+        values = {name: next(preset[key] for key in wanted if key in preset)
+                  for name, preset in presets.items()} | {"sample": SAMPLE.get(data, 1.0)}
+        return cls(**values | given)
+
+    @classmethod
+    def from_record(cls, record: dict, **changes) -> "Options":
+        """Options as run.json has them, with changes. Raises TypeError for another version's."""
+        kept = {name: tuple(value) if isinstance(value, list) else value
+                for name, value in record.items()}
+        return cls(**kept | changes)
+
+    def record(self) -> dict:
+        """For run.json."""
+        return asdict(self)
+
+    def decoding(self) -> Decoding:
+        """How the paper's lists are made."""
+        return Decoding(self.beams, self.length_penalty, self.ground_with, self.ground_list,
+                        self.exclude_history)
+
+    def schedule(self, sequences: int) -> tuple[int, int]:
+        """(steps, of which warm-up) for so many training sequences."""
+        per_epoch = math.ceil(sequences / self.batch_size)
+        epochs = max(self.epochs, math.ceil(self.least_steps / per_epoch))
+        steps = min(epochs * per_epoch, self.max_steps or math.inf)
+        return steps, min(self.warmup, steps // 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """What a call of the command does, apart from what a run depends on."""
+
+    out: str = flag("run", "folder for run folders and tiny bases", "runs", metavar="DIR")
+    resume: str | None = flag("run", "go on with the interrupted run in this folder; goes with "
+                              "--data-dir, --device, and --model where the base has moved", None,
+                              told="a new run", metavar="RUN")
+    eval_only: str | None = flag("evaluation", "evaluate the adapter in this run folder again, on "
+                                 "its own data and base; goes with the flags of this group, "
+                                 "--data-dir, --device, --dtype, and --model where the base has "
+                                 "moved", None, told="tune first", metavar="RUN")
+
+
+def as_flag(name: str) -> str:
+    """lambda_ct -> --lambda-ct"""
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(ap: argparse.ArgumentParser, *kinds, only=None) -> None:
+    """Add a flag for every field of the dataclasses (or of those named); None means not given."""
+    groups = {}
+    for f in [f for kind in kinds for f in fields(kind) if only is None or f.name in only]:
+        m = f.metadata
+        default = m["told"] or "; ".join(
+            f"{value:g}" if isinstance(value, float) else
+            {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else
+            str(value) for value in [m["presets"]["published"]])
+        default += "".join(f"; {value:g} with the tiny base{'' if key == 'tiny' else f' on {key}'}"
+                           for key, value in m["presets"].items()
+                           if key != "published" and not m["told"])
+        if m["group"] not in groups:
+            groups[m["group"]] = ap.add_argument_group(m["group"])
+        how = {"help": f"{m['text']} (default: {default})".replace("%", "%%")}
+        if f.type is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how |= {"type": f.type if f.type in (int, float) else str, "choices": m["choices"],
+                    "metavar": m["metavar"]}
+        groups[m["group"]].add_argument(as_flag(f.name), dest=f.name, **how)
+
+
+def parse(ap: argparse.ArgumentParser, argv) -> dict:
+    """The flags that were given."""
+    return {name: value for name, value in vars(ap.parse_args(argv)).items() if value is not None}

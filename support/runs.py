@@ -1,0 +1,422 @@
+"""Run folders: whole files, adapters, the journal of a run with its checkpoints, resuming.
+
+A run folder holds run.json (options, versions, counts, results), log.jsonl (a line a step),
+the adapter, evaluation.safetensors (lists by test sequence), catalogue.json, and until the run is
+complete checkpoint.safetensors. Nothing here is the paper.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from data import Batch, Sequences, make_sequences, split_by_time
+from llama import LlamaConfig
+from lora import load_lora, save_lora
+from support.checkpoints import find_checkpoint
+from support.datasets import FORMATS, TABLE_2, counts, load_interactions, prepare
+from support.options import EVALUATION, Options, as_flag
+from support.synthetic import SyntheticWorld
+
+# ----------------------------------------------------------------------------------------------
+# The command and its folders
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Of a command: 0; or 2 after one line on what the user did wrong; or 130 when interrupted."""
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"interrupted; {str(stop) or 'files already written are whole'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def write_json(path: Path, value) -> None:
+    """Write a JSON file that is either whole or not there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def save_arrays(arrays: dict[str, np.ndarray], path: Path, notes: dict | None = None) -> str:
+    """Write a safetensors file that is either whole or not there. Returns its SHA-256."""
+    part = path.with_name(path.name + ".part")
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part, notes)
+    os.replace(part, path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_writable(out: Path) -> None:
+    """Raise ValueError if nothing can be written below `out`, before any work is done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return
+    except OSError as error:
+        raise ValueError(f"{out}: cannot write there ({error.strerror}); choose another folder "
+                         "with --out") from None
+
+
+def new_folder(out: Path, name: str) -> Path:
+    """out/name-1, or the next number that is free."""
+    number = 1
+    while (folder := out / f"{name}-{number}").exists():
+        number += 1
+    folder.mkdir()
+    return folder
+
+
+def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Options, Path]:
+    """The options of a run, changed by the flags that may differ, and the folder of its base.
+
+    flag names the command for messages. Raises FileNotFoundError or ValueError.
+    """
+    allowed = {"data_dir", "device", "model"} | (
+        set() if flag == "--resume" else EVALUATION | {"dtype"})
+    if extra := sorted(given.keys() - allowed):
+        raise ValueError(f"{flag} takes data, base and tuning from the run; it does not go with "
+                         f"{', '.join(map(as_flag, extra))}")
+    record = folder / "run.json"
+    if not record.is_file():
+        raise FileNotFoundError(f"{record}: not found; {flag} wants the folder of a run")
+    try:
+        saved = json.loads(record.read_text(encoding="utf-8"))
+        model, base, ended = saved["options"]["model"], Path(saved["base"]), "rows" in saved
+        given = given | ({"lists": tuple(given["lists"].split(","))} if "lists" in given else {})
+        options = Options.from_record(saved["options"], **given | {"model": model})
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{record}: not the record of a run of this version ({error!r})") from None
+    if flag == "--resume" and ended:
+        raise ValueError(f"{folder}: this run is complete; --eval-only evaluates it again")
+    if "data_dir" in given and options.data not in FORMATS:
+        raise ValueError("--data-dir goes with a public data set; this run's data are "
+                         f"{options.data}")
+    base = folder.parent / base if model == "tiny" else base        # it lies beside its runs
+    if "model" in given or not base.exists() and model != "tiny":
+        base = find_checkpoint(given.get("model", model))
+    return options, base
+
+
+def check_same(folder: Path, record: dict) -> None:
+    """Raise ValueError if data or base are not what they were when the run in the folder began."""
+    saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    here = json.loads(json.dumps(record))
+    for key in saved.keys() - {"options", "base", "versions"}:
+        was, now = saved[key], here.get(key)
+        if was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):     # name what differs only
+            was, now = ({k: v for k, v in one.items() if v != other.get(k)}
+                        for one, other in ((was, now), (now, was)))
+        raise ValueError(f"{folder}: {key} of the run, {was}, is now {now}; the run can go on with "
+                         "the data and the base it began with only")
+
+
+# ----------------------------------------------------------------------------------------------
+# Data, device, memory
+
+
+def open_data(options: Options) -> tuple[tuple[Sequences, Sequences, Sequences],
+                                         SyntheticWorld | None, dict]:
+    """(train, valid, test), the world if it is synthetic, and a record of counts and checksums.
+
+    Prints every step of the preparation with its counts, beside the paper's Table 2.
+    """
+    if options.data == "synthetic":
+        world = SyntheticWorld(strength=options.order_strength, seed=options.seed)
+        x = world.interactions(seed=options.seed)
+    else:
+        world = None
+        raw = load_interactions(options.data, options.data_dir, options.skip_bad_lines,
+                                options.domain)
+        print(f"raw | {_counted(counts(raw))}")
+        x = prepare(raw, options.data, options.sample, options.seed, options.chronological)
+        print(*(f"step | {step}" for step in x.steps), sep="\n", end="\n" if x.steps else "")
+    sequences = make_sequences(x, index=options.index)
+    train_set, valid_set, test_set = split_by_time(sequences)
+    if options.limit_train:
+        train_set = train_set.select(slice(-options.limit_train, None))
+    found = counts(x) | {"items": len(x.titles), "sequences": len(sequences),
+                         "train": len(train_set), "valid": len(valid_set), "test": len(test_set)}
+    print(f"data {options.data} | {_counted(found)}")
+    if options.data in TABLE_2:
+        print(f"paper's Table 2 | {_counted(TABLE_2[options.data])}")
+    return (train_set, valid_set, test_set), world, {
+        "counts": found, "steps": x.steps, "checksums": x.checksums}
+
+
+def _counted(found: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {what}" for what, n in found.items())
+
+
+def choose_device(options: Options) -> tuple[torch.device, torch.dtype | None]:
+    """The device and the precision of the frozen weights; None keeps the stored one."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
+    kind = options.device
+    if kind == "auto":
+        kind = next(name for name, available in here.items() if available)
+    if not here[kind]:
+        raise ValueError(f"--device {kind}: this PyTorch sees no such device; use --device auto")
+    name = options.dtype
+    if name == "auto" and kind == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    elif name == "auto":
+        name = "float32"
+    return torch.device(kind), None if name == "stored" else getattr(torch, name)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB: peak allocated on a GPU, else the peak of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024          # ru_maxrss: bytes on macOS, kB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def rows_that_fit(config: LlamaConfig, batch: Batch, device: torch.device, worlds: int = 2,
+                  recompute: bool = False) -> int:
+    """How many rows of a batch to tune on at a time, so that memory stays bounded.
+
+    Counts the numbers that the backward pass needs: some ten widths and four inner widths of each
+    token in each block, and about six times the logits at the targets. They may take 1.5 GB, on a
+    GPU a third of its memory. Fewer rows at a time are hardly slower on CPUs, because what they
+    compute stays in the cache.
+    """
+    C, inner, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    tokens, A = batch.tokens.shape[1] - batch.prefix, batch.places.shape[1]
+    block = 10 * C + 4 * inner
+    of_row = worlds * (tokens * (L * C + block if recompute else L * block)
+                       + 6 * A * config.vocab_size)
+    budget = 1.5e9
+    if device.type == "cuda":
+        budget = torch.cuda.get_device_properties(device).total_memory / 3
+    return max(1, int(budget / (4 * of_row)))
+
+
+# ----------------------------------------------------------------------------------------------
+# Adapters: peft's two files, and temporal.json, which says what they were tuned for
+
+
+def save_adapter(model, folder: Path, base: str | None = None) -> None:
+    """Write factors and settings of a TemporalLlama; base is the name of the base, for peft."""
+    save_lora(model, folder, base)
+    write_json(folder / "temporal.json", model.settings())
+
+
+def load_adapter(model, folder: Path) -> None:
+    """Add the folder's factors to the TemporalLlama that they were tuned in.
+
+    Raises FileNotFoundError or ValueError: files absent or damaged; another base or temporal
+    embedding than this model's, both named. An adapter that peft made has none: see load_lora.
+    """
+    path = Path(folder) / "temporal.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; a tuned adapter of ours has it")
+    try:
+        theirs, ours = json.loads(path.read_text(encoding="utf-8")), model.settings()
+        both = [[f[key] for key in ours] for f in (theirs, ours)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the settings of an adapter ({error!r})") from None
+    if both[0] != both[1]:
+        tuned, here = (", ".join(f"{key} {value}" for key, value in zip(ours, values))
+                       for values in both)
+        raise ValueError(f"{path}: the adapter was tuned with {tuned}; this model has {here}. Give "
+                         "it the base and the settings it was tuned with")
+    load_lora(model, folder)
+
+
+# ----------------------------------------------------------------------------------------------
+# The journal of a tuning run
+
+
+class Journal:
+    """Keeps account of tuning: a moving line, log.jsonl, and checkpoints to go on from.
+
+        with Journal(folder, optimizer, rng, total, lambda_ct) as journal:
+            while journal.goes_on():
+                for batch in journal.epoch(lambda: batches(...)):
+                    ... one step ...
+                    journal.note(lr, losses)
+                journal.validated(loss, save)
+
+    If the folder holds a checkpoint, all goes on from there, to the same factors and the same log
+    as without the break. A checkpoint is written at each printed step, after each validation, and
+    every five minutes.
+    """
+
+    def __init__(self, folder: Path, optimizer: torch.optim.Optimizer, rng: np.random.Generator,
+                 total: int, lambda_ct: float):
+        self.folder, self.optimizer, self.rng = folder, optimizer, rng
+        self.total, self.lambda_ct = total, lambda_ct
+        self.factors = [p for group in optimizer.param_groups for p in group["params"]]
+        self.step, self.batch, self.seconds, self.waited = 0, 0, 0.0, 0.0
+        self.losses: list[float] = []           # validation L_TA, an epoch each
+        self.best: list[Tensor] = []            # the factors of the best epoch
+        self.pending: list[tuple] = []          # steps that the log does not have yet
+        end = self._load() if (folder / "checkpoint.safetensors").is_file() else 0
+        self.log = open(folder / "log.jsonl", "a", encoding="utf-8")
+        self.log.truncate(end)
+        self.bar = tqdm(total=total, initial=self.step, desc="tuning", unit="step", disable=None,
+                        leave=False)
+
+    def __enter__(self) -> "Journal":
+        self.started = self.flushed = self.saved = time.perf_counter()
+        self.first = self.step          # of this sitting; speed is counted after its first step
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.log.close()
+        self.bar.close()
+
+    def goes_on(self) -> bool:
+        """Are steps left, and was the last epoch the best (D5)?"""
+        return self.step < self.total and (not self.losses or self.losses[-1] == min(self.losses))
+
+    def epoch(self, batches: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
+        """The batches of an epoch less those that were done before a break."""
+        self.sampling, done = self.rng.bit_generator.state, self.batch
+        asked = time.perf_counter()
+        for number, batch in enumerate(itertools.islice(batches(), done, None), start=done + 1):
+            self.waited += time.perf_counter() - asked
+            yield batch
+            self.batch = number
+            printed = self.step % max(1, self.total // 5) == 0 or self.step in (1, self.total)
+            asked = time.perf_counter()
+            if printed or asked - self.flushed > 1:
+                line = self._flush()
+                if printed:
+                    self.bar.write(line, file=sys.stdout)
+                if printed and self.step < self.total or asked - self.saved > 300:
+                    self._save()
+            if self.step == self.total:
+                break
+        self.batch = 0
+
+    def note(self, lr: float, losses) -> None:
+        """A step is done; losses are (L, L_TA, L_CT or None). A GPU is not waited for here."""
+        self.step += 1
+        if self.step == self.first + 1:
+            self.warm = time.perf_counter()
+        self.pending.append((self.step, lr, *losses))
+        self.bar.update()
+
+    def validated(self, loss: float, save: Callable[[], None]) -> None:
+        """An epoch is over, with this validation L_TA; save() writes the adapter if it is the
+        best."""
+        self._flush()
+        self.losses.append(loss)
+        better = loss == min(self.losses)
+        self.log.write(json.dumps({"step": self.step, "validation_ta": loss}) + "\n")
+        self.bar.write(f"epoch {len(self.losses)} | validation ta {loss:.4f} | " + (
+            "best so far, adapter saved" if better else "no better than before, so tuning stops"),
+            file=sys.stdout)
+        if better:
+            save()
+            self.best = [p.detach().clone() for p in self.factors]
+        self.sampling = self.rng.bit_generator.state
+        self._save()
+
+    def restore_best(self) -> None:
+        """Put the factors of the best epoch back into the model."""
+        for p, value in zip(self.factors, self.best):
+            p.data.copy_(value)
+
+    def record(self) -> dict:
+        """For run.json."""
+        seconds = self.seconds + time.perf_counter() - self.started
+        return {"steps": self.step, "validation_ta": self.losses, "seconds": seconds,
+                "share_waiting_for_data": self.waited / seconds}
+
+    def _flush(self) -> str:
+        """Write pending steps to the log. Returns the last as a line to print. Raises ValueError
+        for a loss that is not finite."""
+        now, line = time.perf_counter(), ""
+        ms = 1000 * (now - self.flushed) / max(1, len(self.pending))
+        for step, lr, *losses in self.pending:
+            loss, ta, ct = (None if x is None else float(x) for x in losses)
+            self.log.write(json.dumps({"step": step, "loss": loss, "loss_ta": ta, "loss_ct": ct,
+                                       "lr": lr, "ms": ms}) + "\n")
+            if not math.isfinite(loss):
+                raise ValueError(f"loss is {loss} at step {step}; try a smaller --lr or "
+                                 f"--lambda-ct. The best adapter, if any, is in {self.folder}")
+            both = "" if ct is None else f" + {self.lambda_ct:g} x ct {ct:.3f}"
+            told = f"loss {loss:.3f} = ta {ta:.3f}{both}"
+            line = (f"step {step:>5}/{self.total} | {told} | lr {lr:.1e} | {ms:.0f} ms | "
+                    f"{peak_memory(self.factors[0].device):.1f} GB | {self._left(now)}")
+            self.bar.set_postfix_str(told, refresh=False)
+        self.pending, self.flushed = [], now
+        self.log.flush()
+        return line
+
+    def _left(self, now: float) -> str:
+        done = self.step - self.first - 1               # the first step may compile
+        if done < 1:
+            return "? min left"
+        return f"{(now - self.warm) / done * (self.total - self.step) / 60:.1f} min left"
+
+    def _save(self) -> None:
+        """Write checkpoint.safetensors: factors, moments, the best epoch's factors, random states,
+        what is done."""
+        self._flush()
+        tensors = {f"best/{i}": x for i, x in enumerate(self.best)}
+        tensors["random/cpu"] = torch.get_rng_state()
+        for i, p in enumerate(self.factors):
+            kept = self.optimizer.state[p]
+            tensors |= {f"factor/{i}": p.detach(), f"mean/{i}": kept["exp_avg"],
+                        f"square/{i}": kept["exp_avg_sq"]}
+        if (kind := self.factors[0].device.type) != "cpu":
+            tensors[f"random/{kind}"] = torch.get_device_module(kind).get_rng_state()
+        done = {"step": self.step, "batch": self.batch, "losses": self.losses,
+                "waited": self.waited, "log": self.log.tell(),
+                "seconds": self.seconds + time.perf_counter() - self.started}
+        save_arrays({name: x.numpy(force=True) for name, x in tensors.items()},
+                    self.folder / "checkpoint.safetensors",
+                    {"sampling": json.dumps(self.sampling), "done": json.dumps(done)})
+        self.saved = time.perf_counter()
+
+    def _load(self) -> int:
+        """Put everything where it was. Returns the length of the log then. Raises ValueError for a
+        damaged checkpoint or one of other factors."""
+        path = self.folder / "checkpoint.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                notes = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            done = json.loads(notes["done"])
+            for i, p in enumerate(self.factors):
+                p.data.copy_(tensors[f"factor/{i}"])
+                self.optimizer.state[p] = {"step": torch.tensor(float(done["step"])),
+                                           "exp_avg": tensors[f"mean/{i}"].to(p.device),
+                                           "exp_avg_sq": tensors[f"square/{i}"].to(p.device)}
+            for name in [name for name in tensors if name.startswith("random/")]:
+                kind = name.removeprefix("random/")
+                module = torch if kind == "cpu" else torch.get_device_module(kind)
+                module.set_rng_state(tensors[name])
+            self.rng.bit_generator.state = json.loads(notes["sampling"])
+            self.step, self.batch, self.losses = done["step"], done["batch"], done["losses"]
+            self.seconds, self.waited = done["seconds"], done["waited"]
+            self.best = [tensors[f"best/{i}"].to(p.device)
+                         for i, p in enumerate(self.factors) if self.losses]
+            return done["log"]
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: damaged, or of other settings ({error}). Delete it to tune "
+                             "from the first step") from None
