@@ -14,12 +14,19 @@ Shapes: B batch, T tokens, C width, V vocabulary, M supervised tokens, A places 
 """
 
 import argparse
+import os
 import platform
 import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+# Two settings that must be made before torch is loaded. A thread that waits for others spins before
+# it sleeps, by default so long that two runs on one machine slow each other tenfold. And large
+# tensors are put into large pages of memory, which Linux hands out faster.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import tokenizers

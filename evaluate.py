@@ -90,9 +90,10 @@ class Beams:
         m is so large that W of them do not end; the best W of these are the beams now.
         """
         B, W, V = log_p.shape
-        several = min(max(2, 1 + len(eos)) * W, W * V)
-        total, flat = (self.sums[..., None] + log_p).flatten(1).topk(several)
-        parent, token = flat // V, flat % V
+        several = max(2, 1 + len(eos)) * W
+        best, words = log_p.topk(min(several, V))               # of each beam, (B, W, k)
+        total, at = (self.sums[..., None] + best).flatten(1).topk(min(several, W * V))
+        parent, token = at // best.shape[-1], words.flatten(1).gather(1, at)
         tokens = torch.cat((take(self.tokens, parent), token[..., None]), dim=-1)
         ends = torch.isin(token, eos)
         on = ends.int().argsort(dim=1, stable=True)[:, :W]

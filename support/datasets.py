@@ -12,10 +12,7 @@ import ast
 import csv
 import gzip
 import hashlib
-import io
-import os
 import re
-import shutil
 import zipfile
 import zlib
 from array import array
@@ -23,9 +20,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from http.client import HTTPException
-from operator import itemgetter
+from operator import itemgetter, methodcaller
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +56,6 @@ class Table:
     separator: str = ","        # at "," a field may stand in double quotes, as CSV allows
     header: str | None = None   # the columns' names, unless the first line of the file gives them
     encoding: str = "utf-8"
-
-    def split(self, text: str) -> list[str]:
-        """The fields of a line. Each line is read alone, so that a stray quote spoils only one."""
-        if self.separator == ",":
-            return next(csv.reader([text], strict=True), [])
-        return text.split(self.separator)
 
 
 @dataclass(frozen=True)
@@ -126,14 +116,16 @@ def own_format(folder: Path) -> Format:
     It holds interactions.csv and items.csv, or RecBole's NAME.inter and NAME.item. The columns may
     stand in any order, and others may stand between them.
     """
-    atomic = [Table(path.name, "\t") for path in sorted(folder.glob("*.i[nt]te[rm]"))]
-    for tables in (Table("interactions.csv"), Table("items.csv")), atomic:
-        if len(tables) == 2 and all(_present(folder, table.name) for table in tables):
-            return Format(str(folder), tuple(tables))
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
-    raise FileNotFoundError(
-        f"{folder}: wanted interactions.csv (user,item,timestamp) and items.csv (item,title), or "
-        f"one RecBole NAME.inter and NAME.item; found {found}")
+    pairs = [Table("interactions.csv"), Table("items.csv")], *(
+        [Table(path.name, "\t"), Table(path.with_suffix(".item").name, "\t")]
+        for path in folder.glob("*.inter"))
+    whole = [pair for pair in pairs if all(_present(folder, table.name) for table in pair)]
+    if len(whole) != 1:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+        raise FileNotFoundError(
+            f"{folder}: wanted interactions.csv (user,item,timestamp) and items.csv (item,title), "
+            f"or one RecBole NAME.inter and NAME.item; found {found}")
+    return Format(str(folder), tuple(whole[0]))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -164,9 +156,8 @@ def unpack(archive: Path, folder: Path, files: list[str], most_bytes: int) -> No
             folder.mkdir(parents=True, exist_ok=True)
             for name in files:
                 part = folder / f"{name}.part"
-                with packed.open(entries[name]) as source, open(part, "wb") as target:
-                    shutil.copyfileobj(source, target)
-                os.replace(part, folder / name)
+                part.write_bytes(packed.read(entries[name]))
+                part.replace(folder / name)
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{archive}: damaged zip archive ({error}). Remove it and run again") \
             from None
@@ -263,11 +254,6 @@ def seconds(text: str) -> int:
     return int(value)
 
 
-def midnight(year: str, month: str, day: str) -> int:
-    """Seconds since 1970 of a date. Five dates of LastFM are too early; `prepare` drops them."""
-    return int(datetime(int(year), int(month), int(day), tzinfo=UTC).timestamp())
-
-
 # ----------------------------------------------------------------------------------------------
 # Reading: a fault stops with its file and line, or it is counted
 
@@ -281,33 +267,34 @@ class Reader:
     def __init__(self, form: Format, skip_bad_lines: bool = False):
         self.form, self.skip_bad_lines = form, skip_bad_lines
         self.checksums: dict[str, str] = {}
-        self.dropped: Counter[str] = Counter()              # the reason -> how many
-        self.index: dict[int | str, int] = {}               # an item's own id -> its number
+        self.dropped: Counter[str] = Counter()          # the reason -> how many
         self.titles: list[str] = []
-        self.people: dict[str, int] = {}                    # a user's name -> its number
-        self.users, self.items, self.timestamps = array("q"), array("q"), array("q")
+        self.index: dict[int | str, int] = {}           # an item's own id -> its place in titles
+        self.people: dict[str, int] = {}                # a user's name -> the user's number
+        self.rows = array("q")                          # user, item, time; user, item, time; ...
 
-    def lines(self, path: Path) -> Iterator[tuple[int, bytes]]:
-        """The number and the bytes of each line, as a stream.
+    def lines(self, path: Path) -> Iterator[bytes]:
+        """The lines of a file, as a stream.
 
         Raises ValueError for a damaged gzip file and for one of absurd size.
         """
-        digest, size, packed = hashlib.sha256(), 0, path.stat().st_size
+        digest, rest, size, packed = hashlib.sha256(), b"", 0, path.stat().st_size
         try:
-            with open(path, "rb") as raw, tqdm(
-                    total=packed, desc=path.name, unit="B", unit_scale=True, leave=False,
-                    disable=True if packed < 50_000_000 else None) as bar:
-                file = io.BufferedReader(gzip.open(raw)) if path.suffix == ".gz" else raw
-                for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), b""), 1):
-                    digest.update(line)
-                    size += len(line)
-                    if len(line) == LONGEST_LINE or size > self.form.most_bytes:
+            with open(path, "rb") as plain, tqdm.wrapattr(
+                    plain, "read", packed, desc=path.name, leave=False,
+                    disable=True if packed < 50_000_000 else None) as raw:
+                file = gzip.open(raw) if path.suffix == ".gz" else raw
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    *whole, rest = (rest + chunk).split(b"\n")
+                    yield from whole
+                    if len(rest) > LONGEST_LINE or size > self.form.most_bytes:
                         raise ValueError(
-                            f"{path}, line {number}: more than {LONGEST_LINE:,} bytes in a line or "
+                            f"{path}: more than {LONGEST_LINE:,} bytes in a line or "
                             f"{self.form.most_bytes:,} in all; this is not a file of this format")
-                    if number % 10_000 == 0:
-                        bar.update(raw.tell() - bar.n)
-                    yield number, line
+                if rest:
+                    yield rest
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: damaged gzip file ({error}). Remove it and fetch it again") \
                 from None
@@ -317,13 +304,13 @@ class Reader:
         """Read a file. understand(header) returns the function store(text), which stores a line.
 
         A line that store refuses is a bad one: it stops the reading, or is counted if the user
-        asked for that. Raises ValueError, too, for a header that is not understood, without which
-        no line makes sense, and for a file without rows.
+        asked for that. Raises ValueError, too, for a file without rows and for a header that is not
+        understood, because without it no line makes sense.
         """
         store, rows = table.header is not None and understand(table.header), 0
-        for number, line in self.lines(path):
+        for number, line in enumerate(self.lines(path), 1):
             try:
-                text = line.decode(table.encoding).rstrip("\r\n")
+                text = line.decode(table.encoding).rstrip("\r")
                 if store:
                     rows += 1
                     store(text)
@@ -331,49 +318,50 @@ class Reader:
                     store = understand(text)
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
                     csv.Error) as error:
-                what = f"has no {error}" if isinstance(error, KeyError) else error
-                if not store:
-                    raise ValueError(f"{path}, line {number}: {what}") from None
-                if not self.skip_bad_lines:
-                    raise ValueError(f"{path}, line {number}: {what}. Repair or remove the line, or "
-                                     "pass --skip-bad-lines") from None
+                if not store or not self.skip_bad_lines:
+                    what = f"has no {error}" if isinstance(error, KeyError) else error
+                    advice = "Repair or remove the line, or pass --skip-bad-lines"
+                    raise ValueError(f"{path}, line {number}: {what}. "
+                                     f"{advice if store else 'Repair the header'}") from None
                 self.dropped[f"bad lines of {path.name}"] += 1
         if not rows:
             raise ValueError(f"{path}: holds no rows. Fetch it again")
 
-    def add_item(self, item: int | str, title: str) -> None:
+    def add_item(self, item: str, title: str) -> None:
         """Enter an item. Raises ValueError for a title or an id that cannot be right."""
-        title = title.strip()
+        key, title = int(item) if self.form.strict else item, title.strip()
         if not title and not self.form.strict:
             self.dropped["items without a title"] += 1
         elif not title or "\n" in title or "\r" in title:
             raise ValueError(f"title {title[:40]!r} is empty or has a line break")
-        elif item in self.index:
+        elif key in self.index:
             raise ValueError(f"item {item} is listed twice")
         else:
-            self.index[item] = len(self.titles)
+            self.index[key] = len(self.titles)
             self.titles.append(title)
 
-    def add_row(self, user: int | str, item: int | str, timestamp: int) -> None:
-        """Enter an interaction. Users who have names are numbered as they come."""
-        number = self.index.get(item)
-        if number is not None:
-            self.users.append(user if self.form.strict else
-                              self.people.setdefault(user, len(self.people)))
-            self.items.append(number)
-            self.timestamps.append(timestamp)
-        elif self.form.strict:
+    def add_row(self, user: str, item: str, *time: str) -> None:
+        """Enter an interaction, whose time is one text, or a year, a month and a day."""
+        if len(time) == 1:
+            timestamp = seconds(time[0])
+        else:           # LastFM has five dates before 1970; `prepare` drops them where dates matter
+            timestamp = int(datetime(*map(int, time), tzinfo=UTC).timestamp())
+        strict = self.form.strict
+        place = self.index.get(int(item) if strict else item)
+        if place is not None:       # users whose ids may be any text are numbered as they come
+            number = int(user) if strict else self.people.setdefault(user, len(self.people))
+            self.rows.extend((number, place, timestamp))
+        elif strict:
             raise ValueError(f"unknown item {item}, not in {self.form.tables[1].name}")
         else:
             self.dropped["interactions with items that have no title"] += 1
 
     def interactions(self, domain: str | None) -> Interactions:
         """Everything that was entered."""
-        if not self.users:
+        if not self.rows:
             raise ValueError("no interaction has an item of the catalogue. Do the item file and "
                              "the interactions belong together?")
-        columns = (np.frombuffer(column, dtype=np.int64)
-                   for column in (self.users, self.items, self.timestamps))
+        columns = np.frombuffer(self.rows, dtype=np.int64).reshape(-1, 3).T.copy()
         steps = tuple(f"{count:,} {reason} dropped" for reason, count in self.dropped.items())
         return Interactions(*columns, unique_titles(self.titles), domain or self.form.domain,
                             self.checksums, steps)
@@ -392,56 +380,42 @@ def unique_titles(titles: list[str]) -> list[str]:
     return unique
 
 
+def csv_fields(text: str) -> list[str]:
+    """The fields of a line of CSV. It is read alone, so that a stray quote spoils only one line."""
+    return next(csv.reader([text], strict=True)) if '"' in text else text.split(",")
+
+
 def by_columns(table: Table, roles: tuple[str, ...], store: Callable) -> Callable:
     """For Reader.read: find the columns of the roles in the header, and store their fields."""
+    split = csv_fields if table.separator == "," else methodcaller("split", table.separator)
+
     def understand(header: str) -> Callable:
-        names = table.split(header)
-        pick = itemgetter(*(column(names, role) for role in roles))
+        names = split(header)
+        width, pick = len(names), itemgetter(*(column(names, role) for role in roles))
 
         def store_line(text: str) -> None:
-            fields = table.split(text)
-            if len(fields) != len(names):
-                raise ValueError(f"{len(fields)} fields, expected {len(names)} separated by "
+            fields = split(text)
+            if len(fields) != width:
+                raise ValueError(f"{len(fields)} fields, expected {width} separated by "
                                  f"{table.separator!r}")
             store(*pick(fields))
         return store_line
     return understand
 
 
-def read_columns(reader: Reader, interactions: Path, items: Path) -> None:
-    """Read MovieLens, LastFM or the user's own files, all of which have columns."""
-    form = reader.form
-    number = int if form.strict else str
-    when = seconds if form.time == ("time",) else midnight
+def steam_lines(reader: Reader) -> tuple[Callable, Callable]:
+    """For Reader.read: store a review, and a game, of McAuley's files, which are not JSON."""
+    def store_review(text: str) -> None:
+        review = literal(text)
+        reader.add_row(review["username"], review["product_id"], review["date"])
 
-    def store_item(item: str, title: str) -> None:
-        reader.add_item(number(item), title)
-
-    def store_row(user: str, item: str, *time: str) -> None:
-        reader.add_row(number(user), number(item), when(*time))
-
-    rows_table, items_table = form.tables
-    reader.read(items, items_table, by_columns(items_table, ("id", "title"), store_item))
-    reader.read(interactions, rows_table,
-                by_columns(rows_table, ("user", "item", *form.time), store_row))
-
-
-def read_steam(reader: Reader, reviews: Path, games: Path) -> None:
-    """Read McAuley's files. Each line is a Python literal, and nothing in it is ever run."""
     def store_game(text: str) -> None:
         game = literal(text)
         if game.get("id") is None or game["id"] in reader.index:
             reader.dropped["games without an id or listed again"] += 1
         else:
             reader.add_item(game["id"], game.get("title") or game.get("app_name") or "")
-
-    def store_review(text: str) -> None:
-        review = literal(text)
-        reader.add_row(review["username"], review["product_id"], seconds(review["date"]))
-
-    reviews_table, games_table = reader.form.tables
-    reader.read(games, games_table, lambda header: store_game)
-    reader.read(reviews, reviews_table, lambda header: store_review)
+    return store_review, store_game
 
 
 def literal(text: str) -> dict:
@@ -472,7 +446,14 @@ def load_interactions(name: str, data_dir: str | Path = "data", skip_bad_lines: 
         raise ValueError(f"unknown data set {name!r}; known are synthetic, {', '.join(FORMATS)}, "
                          "or a folder with interactions.csv and items.csv")
     reader = Reader(form, skip_bad_lines)
-    (read_steam if name == "steam" else read_columns)(reader, *paths)
+    if name == "steam":
+        store_review, store_game = steam_lines(reader)
+        rows, items = lambda header: store_review, lambda header: store_game
+    else:
+        rows = by_columns(form.tables[0], ("user", "item", *form.time), reader.add_row)
+        items = by_columns(form.tables[1], ("id", "title"), reader.add_item)
+    reader.read(paths[1], form.tables[1], items)
+    reader.read(paths[0], form.tables[0], rows)
     x = reader.interactions(domain)
     return replace(x, dated=name in FORMATS or bool(x.timestamps.max() > PLACES))
 

@@ -88,7 +88,7 @@ class Options:
     batch_size: int = flag("tuning", "sequences a step", 64, tiny=128, by_data={"synthetic": 64},
                            low=1, metavar="N")
     epochs: int = flag("tuning", "at most; tuning stops after an epoch without a better validation "
-                       "L_TA", 3, tiny=1, by_data={"synthetic": 3}, low=1, metavar="N")
+                       "L_TA", 3, tiny=1, low=1, metavar="N")
     least_steps: int = flag("tuning", "allow more epochs on small data, until there are N steps",
                             300, low=0, metavar="N",
                             told="300; 0 where --epochs or --max-steps is given")

@@ -196,20 +196,19 @@ def rows_that_fit(config: LlamaConfig, batch: Batch, device: torch.device, world
                   recompute: bool = False) -> int:
     """How many rows of a batch to tune on at a time, so that memory stays bounded.
 
-    Counts the numbers that the backward pass needs: some ten widths and four inner widths of each
-    token in each block, and about six times the logits at the targets. They may take 1.5 GB, on a
-    GPU a third of its memory. Fewer rows at a time are hardly slower on CPUs, because what they
-    compute stays in the cache.
+    CPUs: so many that the widest activation of a block has about a million numbers. Its memory is
+    then small enough to be kept for the next one, so this costs no time. GPUs: so many that what
+    the backward pass needs takes a third of the memory. That is some ten widths and four inner
+    widths of each token in each block, and about six times the logits at the targets.
     """
     C, inner, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     tokens, A = batch.tokens.shape[1] - batch.prefix, batch.places.shape[1]
+    if device.type != "cuda":
+        return max(1, 10**6 // (worlds * tokens * inner))
     block = 10 * C + 4 * inner
     of_row = worlds * (tokens * (L * C + block if recompute else L * block)
                        + 6 * A * config.vocab_size)
-    budget = 1.5e9
-    if device.type == "cuda":
-        budget = torch.cuda.get_device_properties(device).total_memory / 3
-    return max(1, int(budget / (4 * of_row)))
+    return max(1, torch.cuda.get_device_properties(device).total_memory // (3 * 4 * of_row))
 
 
 # ----------------------------------------------------------------------------------------------

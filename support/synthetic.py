@@ -124,7 +124,7 @@ class SyntheticWorld:
         np.put_along_axis(p, histories, 0.0, axis=1)
         return p / p.sum(axis=1, keepdims=True)
 
-    def interactions(self, users: int = 2_000, seed: int = 0) -> Interactions:
+    def interactions(self, users: int = 6_000, seed: int = 0) -> Interactions:
         """Draw users: first item, then next items from p; starts spread over a year, days apart."""
         if users < 1:
             raise ValueError(f"{users} users; wanted at least 1")

@@ -44,7 +44,7 @@ class TinyBase:
 
 TINY_BASES = {      # data sets that are not named here take TinyBase()
     "synthetic": TinyBase(vocab_size=768, hidden_size=64, intermediate_size=192, lr=3e-3,
-                          weight_decay=0.1, epochs=6)}
+                          weight_decay=0.1, epochs=2)}
 
 
 def tiny_tokenizer(titles: list[str], counts: np.ndarray, domain: str, size: int) -> Tokenizer:
