@@ -1,7 +1,7 @@
 """Figures of finished runs (Fig. 4, 5 and what the paper has no figure of) and the one HTML page.
 
-Only this file needs matplotlib, an optional extra. Colours differ in lightness and marks in shape,
-so that a grey print can be read.
+Runs are those of experiments/report.py. Only this file needs matplotlib, which is optional. Colours
+differ in lightness and marks in shape, so that a grey print can be read.
 """
 
 import base64
@@ -14,12 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from cetrec import erase_order, sinusoidal
 from evaluate import METRICS
 
 NO_MATPLOTLIB = "no figures: they want matplotlib; pip install matplotlib"
 DARK, MIDDLE, LIGHT = "#1b3a5c", "#d1761d", "#9cc7e0"       # lightness 0.23, 0.57, 0.77
-MARKS = "osD^vPX*"
+MARKS = "osD^"                  # of the four temporal embeddings
+WIDTH = 64                      # dimensions of the temporal picture
 
 
 def figures_available() -> bool:
@@ -32,15 +35,15 @@ def _figure(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _panels(runs: Sequence, columns: int, width: float, height: float):
-    """A figure with a panel for each run, so many beside one another, all on one scale."""
-    wide = min(columns, len(runs))
-    rows = math.ceil(len(runs) / wide)
+def _panels(count: int, columns: int, width: float, height: float):
+    """A figure with so many panels, so many beside one another, all on one scale."""
+    wide = min(columns, count)
+    rows = math.ceil(count / wide)
     fig = _figure(width * wide + 0.6, height * rows)
     panels = fig.subplots(rows, wide, sharey=True, squeeze=False).flatten()
-    for ax in panels[len(runs):]:
+    for ax in panels[count:]:
         ax.set_axis_off()
-    return fig, panels[:len(runs)]
+    return fig, panels[:count]
 
 
 def _bare(ax) -> None:
@@ -51,7 +54,7 @@ def _bare(ax) -> None:
 
 
 def _label(run) -> str:
-    return f"{run.name}\n{run.options['temporal']}, λ = {run.options['lambda_ct']:g}"
+    return f"{run.name}\n{run.setting}"
 
 
 def _short(title: str, width: int = 34) -> str:
@@ -65,7 +68,7 @@ def training_curves(runs: Sequence):
     runs = [run for run in runs if any("loss_ta" in line for line in run.log)]
     if not runs:
         return None
-    fig, panels = _panels(runs, 2, 5.2, 3.8)
+    fig, panels = _panels(len(runs), 2, 5.2, 3.8)
     for ax, run in zip(panels, runs):
         steps = [line for line in run.log if "loss_ta" in line]
         step = np.array([line["step"] for line in steps])
@@ -78,8 +81,8 @@ def training_curves(runs: Sequence):
             smooth = np.convolve(values, np.full(window, 1 / window), "valid")
             ax.plot(step, values, color=colour, alpha=0.2, linewidth=0.7)
             ax.plot(step[window - 1:], smooth, style, color=colour, linewidth=1.8, label=name)
-            if key == "loss_ct":
-                ax.axhline(math.log(run.result["vocabulary"]), color="0.4", linewidth=1,
+            if key == "loss_ct" and "vocabulary" in run.record:
+                ax.axhline(math.log(run.record["vocabulary"]), color="0.4", linewidth=1,
                            linestyle=":", label="ln V: the worlds agree")
         epochs = [line for line in run.log if "validation_ta" in line]
         ax.plot([line["step"] for line in epochs], [line["validation_ta"] for line in epochs], "D",
@@ -97,130 +100,149 @@ def training_curves(runs: Sequence):
 
 
 def order_bars(runs: Sequence):
-    """Fig. 4: every metric on the test histories as they are, reversed and shuffled."""
-    orders = (("original order", DARK, ""), ("reversed order", MIDDLE, "//"),
-              ("shuffled order", LIGHT, ".."))
-    fig, panels = _panels(runs, 3, 4.2, 3.6)
-    for ax, run in zip(panels, runs):
+    """Fig. 4: every metric on the test histories as they are, reversed and shuffled.
+
+    A panel for each run and kind of list; where there are several kinds, a row for each run.
+    """
+    orders = (("original", "", DARK, ""), ("reversed", " | reversed", MIDDLE, "//"),
+              ("shuffled", " | shuffled", LIGHT, ".."))
+    kinds = list(dict.fromkeys(kind for run in runs for kind in run.kinds))
+    shown = [(run, run.kinds.get(kind)) for run in runs for kind in kinds]
+    fig, panels = _panels(len(shown), len(kinds) if len(kinds) > 1 else 3, 4.2, 3.6)
+    for ax, (run, name) in zip(panels, shown):
+        if name is None:
+            ax.set_axis_off()
+            continue
         place = np.arange(len(METRICS))
-        for i, (order, colour, hatch) in enumerate(orders):
-            mean, error = zip(*(run.result["rows"][order][name] for name in METRICS))
+        for i, (order, ending, colour, hatch) in enumerate(orders):
+            scores = run.record["rows"][name + ending]
+            mean, error = zip(*(scores[metric] for metric in METRICS))
             ax.bar(place + 0.27 * (i - 1), mean, 0.25, yerr=error, color=colour, hatch=hatch,
                    edgecolor="white", linewidth=0, error_kw={"elinewidth": 1, "capsize": 2},
                    label=order)
         ax.set_xticks(place, METRICS)
-        ax.set_title(_label(run), fontsize=10, parse_math=False)
-        ax.set_ylabel("mean ± standard error")
+        ax.set_title(f"{_label(run)} | {name}", fontsize=10, parse_math=False)
         ax.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", columnspacing=1,
                   handlelength=1.4)
         _bare(ax)
+    fig.supylabel("mean ± standard error", fontsize=10)
     panels[0].set_ylim(top=1.18 * panels[0].get_ylim()[1])          # room for the legend
     return fig
 
 
 def lambda_curve(runs: Sequence):
-    """HR@5 and HR@10 against λ, a line for each temporal embedding; None for fewer than two λ."""
-    if len({run.options["lambda_ct"] for run in runs}) < 2:
+    """HR@5 and HR@10 against λ, a line for each temporal embedding; None for fewer than two λ.
+
+    The lists are of the first run's first kind; runs without them are left out.
+    """
+    kind = next(iter(runs[0].kinds))
+    runs = [run for run in runs if kind in run.kinds]
+    ticks = sorted({run.options["lambda_ct"] for run in runs})
+    if len(ticks) < 2:
         return None
     fig = _figure(8.4, 3.6)
-    smallest = min(run.options["lambda_ct"] for run in runs if run.options["lambda_ct"] > 0)
+    embeddings = sorted({run.options["temporal"] for run in runs})
     for ax, metric in zip(fig.subplots(1, 2), ("HR@5", "HR@10")):
-        for i, kind in enumerate(sorted({run.options["temporal"] for run in runs})):
-            values: dict[float, list] = {}
+        for mark, colour, embedding in zip(MARKS, (DARK, MIDDLE, "0.45", LIGHT), embeddings):
+            found: dict[float, list] = {}               # λ -> (mean, error) of each run
             for run in runs:
-                if run.options["temporal"] == kind:
-                    values.setdefault(run.options["lambda_ct"], []).append(
-                        run.result["rows"]["original order"][metric])
-            lambdas = sorted(values)
-            colour = (DARK, MIDDLE, "0.45", LIGHT)[i]
-            ax.plot(lambdas, [np.mean([mean for mean, _ in values[x]]) for x in lambdas],
-                    "-", color=colour, linewidth=1.2)
-            for x in lambdas:
-                for mean, error in values[x]:
-                    ax.errorbar(x, mean, error, fmt=MARKS[i], color=colour, capsize=3,
-                                label=kind if x == lambdas[0] and mean == values[x][0][0] else None)
-        ax.set_xscale("symlog", linthresh=smallest, linscale=0.5)
-        ticks = sorted({run.options["lambda_ct"] for run in runs})
+                if run.options["temporal"] == embedding:
+                    scores = run.record["rows"][run.kinds[kind]]
+                    found.setdefault(run.options["lambda_ct"], []).append(scores[metric])
+            lambdas = sorted(found)
+            ax.plot(lambdas, [np.mean([mean for mean, _ in found[x]]) for x in lambdas], "-",
+                    color=colour, linewidth=1.2)
+            points = np.array([(x, *score) for x in lambdas for score in found[x]])
+            ax.errorbar(*points.T, fmt=mark, color=colour, capsize=3, label=embedding)
+        ax.set_xscale("symlog", linthresh=min(x for x in ticks if x > 0), linscale=0.5)
         ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
         ax.minorticks_off()
         ax.set_xlabel("λ, weight of $L_{CT}$ (Eq. 10)")
         ax.set_ylabel(f"{metric} ± standard error")
+        ax.set_title(f"lists: {kind}", fontsize=10)
         ax.legend(frameon=False, fontsize=9)
         _bare(ax)
     return fig
 
 
-def temporal_picture(run):
-    """The temporal embedding of one prompt: items × dimensions, in both worlds, sines first."""
-    if "temporal/k" not in run.arrays:
+def temporal_picture(options: dict, titles: Sequence[str]):
+    """What tells the worlds apart, items × dimensions: p_k of Eq. 3, or sine and cosine of the
+    angles by which R_k of Eq. 4 turns, sines first.
+
+    options: of the run; titles: its history, oldest first. It is drawn as for a base of WIDTH
+    dimensions; in a wider one the same angles stand closer together. Returns None where there is no
+    temporal embedding, and where k is an age, which the history does not tell.
+    """
+    kind, n = options["temporal"], len(titles)
+    if kind == "none" or options["index"] != "order":
         return None
-    worlds = {"factual world": run.arrays["temporal/factual"],
-              "erased world": run.arrays["temporal/erased"]}
-    k, titles = run.arrays["temporal/k"], run.result["history_titles"]
-    what = "$p_k$ (Eq. 3)" if run.options["temporal"] == "sinpe" else "turn of $R_k$ (Eq. 4)"
-    fig = _figure(10.5, 1.6 + 0.27 * len(k))
-    top = max(float(np.abs(values).max()) for values in worlds.values())
-    for ax, (name, values) in zip(axes := fig.subplots(1, 2, sharey=True), worlds.items()):
-        halves = np.concatenate((values[:, 0::2], values[:, 1::2]), axis=1)
-        shown = ax.imshow(halves, aspect="auto", interpolation="nearest", cmap="gray", vmin=-top,
+    k = torch.arange(n - 1, -1, -1)
+    scale, what = 1.0, "sin and cos of the turn $R_k$ (Eq. 4)"
+    if kind == "sinpe":
+        scale, what = options["sinpe_scale"], "$p_k$ (Eq. 3)"
+    fig, top = _figure(10.5, 1.6 + 0.27 * n), scale or 1.0
+    axes, middle = fig.subplots(1, 2, sharey=True), WIDTH // 2
+    for ax, (world, pos) in zip(axes, (("factual world", k), ("erased world", erase_order(k)))):
+        values = (scale * sinusoidal(pos, WIDTH)).numpy()
+        shown = ax.imshow(np.concatenate((values[:, 0::2], values[:, 1::2]), axis=1),
+                          aspect="auto", interpolation="nearest", cmap="gray", vmin=-top,
                           vmax=top)
-        middle = halves.shape[1] / 2
         ax.axvline(middle - 0.5, color=MIDDLE, linewidth=2)
-        ax.set_title(name, fontsize=10)
-        ticks = np.linspace(0, 0.8 * middle, 3).astype(int)
-        ax.set_xticks([*ticks, *(ticks + int(middle))], [*(2 * ticks), *(2 * ticks + 1)],
-                      fontsize=8)
+        ax.set_title(world, fontsize=10)
+        ticks = np.arange(0, middle, 8)
+        ax.set_xticks([*ticks, *(ticks + middle)], [*(2 * ticks), *(2 * ticks + 1)], fontsize=8)
+        ax.tick_params(axis="y", length=0)
         ax.set_xlabel("even dimensions: sin      |      odd dimensions: cos", fontsize=9)
-    axes[0].set_yticks(range(len(k)), [f"{_short(title)}  k = {x:.3g}"
-                                       for title, x in zip(titles, k)], fontsize=8,
+    axes[0].set_yticks(range(n), [f"{_short(title)}  k = {x}"
+                                  for title, x in zip(titles, k.tolist())], fontsize=8,
                        parse_math=False)
     axes[0].set_ylabel("oldest first", fontsize=9)
-    fig.colorbar(shown, ax=axes, fraction=0.03, pad=0.01).set_label(what, fontsize=9)
+    bar = fig.colorbar(shown, ax=axes, fraction=0.03, pad=0.01)
+    bar.set_label(what, fontsize=9)
+    bar.ax.tick_params(labelsize=8)
     return fig
 
 
 def case_study(runs: Sequence, user: int):
     """Fig. 5: one test sequence, and the ten items each run gives for it, as it is and reversed.
 
-    user counts the test sequences of the first run; runs that were not tested on it say so.
+    user counts the test sequences of the first run; runs that were not tested on it say so. The
+    lists are of the first run's first kind, if a run has it, else of its own first.
     """
-    first = runs[0]
+    first, kind = runs[0], next(iter(runs[0].kinds))
     sequence, answer = first.arrays["sequence"][user], int(first.arrays["target"][user])
     history = [int(item) for item in first.arrays["history"][user] if item >= 0]
     by_order = first.options["index"] == "order"        # else k is an age, not a place
-
-    def short(item: int) -> str:
-        return _short(first.titles[item])
-    rows = math.ceil(len(runs) / 2)
-    fig = _figure(3.2 + 5.4 * min(2, len(runs)), 3.6 * rows)
-    axes = fig.subplots(rows, 1 + min(2, len(runs)), squeeze=False,
-                        width_ratios=[3.2] + [5.4] * min(2, len(runs)))
+    rows, wide = math.ceil(len(runs) / 2), min(2, len(runs))
+    fig = _figure(3.2 + 5.4 * wide, 3.6 * rows)
+    axes = fig.subplots(rows, 1 + wide, squeeze=False, width_ratios=[3.2] + [5.4] * wide)
     for ax in axes.flat:
         ax.set_axis_off()
-        ax.set(xlim=(0, 1), ylim=(12.4, -1.2))
+        ax.set(xlim=(0, 1), ylim=(11.9, -1.2))
 
     def write(ax, x: float, y: float, text: str, **style) -> None:
         ax.text(x, y, text, va="center", fontsize=8.5, parse_math=False, **style)
     write(axes[0, 0], 0, -0.8, "history, oldest first", weight="bold")
     for row, item in enumerate(history):
         steps = f"  [k = {len(history) - 1 - row}]" if by_order else ""
-        write(axes[0, 0], 0, 1 + row, short(item) + steps)
-    write(axes[0, 0], 0, 2.2 + len(history) - 1, f"▶ {short(answer)}", weight="bold", color=DARK)
+        write(axes[0, 0], 0, 1 + row, _short(first.titles[item]) + steps)
+    write(axes[0, 0], 0, 1.2 + len(history), f"▶ {_short(first.titles[answer])}, the answer",
+          weight="bold", color=DARK)
     for ax, run in zip(axes[:, 1:].flat, runs):
-        write(ax, 0, -0.8, _label(run).replace("\n", " | "), weight="bold")
+        name = run.kinds.get(kind) or next(iter(run.kinds.values()))
+        write(ax, 0, -0.8, f"{run.name} | {run.setting} | {name}", weight="bold")
         here = np.flatnonzero(run.arrays["sequence"] == sequence)
         if not len(here):
             write(ax, 0, 1, "not among this run's test sequences")
             continue
         for x, order in ((0, "original"), (0.5, "reversed")):
             write(ax, x, 0.1, f"{order} history", style="italic")
-            for rank, item in enumerate(run.arrays[f"lists/{order}"][here[0]].tolist()):
-                if item >= 0:
-                    style = ({"weight": "bold", "color": DARK} if item == answer else
-                             {"color": "0.15"})
-                    write(ax, x + 0.05, 1 + rank, str(rank + 1), ha="right", **style)
-                    write(ax, x + 0.07, 1 + rank,
-                          f"{short(item)}{' ◀' if item == answer else ''}", **style)
+            made = run.arrays[f"lists/{name}/{order}"][here[0]].tolist()
+            for rank, item in enumerate(item for item in made if item >= 0):
+                hit = item == answer
+                style = {"weight": "bold", "color": DARK} if hit else {"color": "0.15"}
+                write(ax, x + 0.05, 1 + rank, str(rank + 1), ha="right", **style)
+                write(ax, x + 0.07, 1 + rank, _short(first.titles[item]) + " ◀" * hit, **style)
     return fig
 
 

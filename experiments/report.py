@@ -1,11 +1,16 @@
-"""Finished runs side by side: tables, paired differences, figures, one report.html (Fig. 4, 5).
+"""Finished runs: tables, paired differences, figures, and one page that holds them (Fig. 4, 5).
 
-`python evaluate.py RUN [RUN ...]` is the command; a run ends with the report of its own.
+    python -m experiments.report runs/synthetic-rope-1                          one run
+    python -m experiments.report runs/synthetic-rope-1 runs/synthetic-sinpe-1   a comparison
+
+A list of ten is of one *kind*: beams, titles or exact, as the flag --lists calls them.
 """
 
+import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,53 +18,96 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from evaluate import METRICS, format_result, format_table
+from evaluate import METRICS, format_table, mean_and_error, summarise
 from experiments import figures
+from support.runs import exit_status
+
+# ----------------------------------------------------------------------------------------------
+# A run as its folder has it
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder as read: its latest evaluation, of the run itself or of --eval-only."""
+    """A run with its latest evaluation, which is its own or that of --eval-only."""
 
     name: str
-    options: dict
-    log: list[dict]                 # a line a step
-    result: dict                    # of evaluate_order
-    arrays: dict[str, np.ndarray]   # of evaluate_order
+    source: str                     # run.json or eval.json
+    record: dict                    # what is in it
+    log: list[dict]                 # a line for each step
+    arrays: dict[str, np.ndarray]   # by test sequence
     titles: list[str]
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Run":
         """Raises FileNotFoundError or ValueError that name the file."""
-        folder = path = Path(folder)
-        anew = f"python cetrec.py --eval-only {folder} writes it anew"
-        for name in ("run.json", "evaluation.safetensors", "catalogue.json"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name}: not found; wanted the folder of a "
-                                        f"finished run. If tuning is done, {anew}")
-        try:
-            path = folder / ("eval.json" if (folder / "eval.json").is_file() else "run.json")
-            record = json.loads(path.read_text(encoding="utf-8"))
-            options, result = dict(record["options"]), dict(record["metrics"])
-            for name in ("protocol", "rows", "groups", "notes", "vocabulary", "history_titles",
-                         "test_set", "arrays"):
-                result[name]
-            path = folder / "catalogue.json"
-            titles = json.loads(path.read_text(encoding="utf-8"))["titles"]
-            log, path = [], folder / "log.jsonl"
-            if path.is_file():
-                log = [dict(json.loads(line))
-                       for line in path.read_text(encoding="utf-8").splitlines()]
-            path = folder / "evaluation.safetensors"
-            if hashlib.sha256(path.read_bytes()).hexdigest() != result["arrays"]:
-                raise ValueError("not of the same evaluation as the figures beside it")
-            arrays = load_file(path)
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            if path.name in ("run.json", "log.jsonl") and not isinstance(error, KeyError):
-                anew = "tune again, or take the file from a backup"
-            raise ValueError(f"{path}: damaged, or of another version of this program ({error!r}); "
-                             f"{anew}") from None
-        return cls(folder.resolve().name, options, log, result, arrays, titles)
+        folder, anew = Path(folder), f"python cetrec.py --eval-only {folder} evaluates it anew"
+        own, later = folder / "run.json", folder / "eval.json"
+        record = read(own, read_record, "wanted the folder of a run, as cetrec.py writes it")
+        source, prefix = own, ""
+        if later.is_file() and later.stat().st_mtime >= own.stat().st_mtime:
+            record, source, prefix = read(later, read_record, anew), later, "eval-"
+        if "rows" not in record:
+            raise ValueError(f"{source}: this run is not complete; python cetrec.py --resume "
+                             f"{folder} goes on with it")
+
+        def arrays_of_record(path: Path) -> dict[str, np.ndarray]:
+            if hashlib.sha256(path.read_bytes()).hexdigest() != record["arrays"]:
+                raise ValueError(f"not of the same evaluation as {source.name} beside it")
+            return load_file(path)
+        arrays = read(folder / f"{prefix}evaluation.safetensors", arrays_of_record, anew)
+        titles = read(folder / "catalogue.json", lambda path: read_object(path)["titles"], anew)
+        log = []
+        if (folder / "log.jsonl").is_file():
+            log = read(folder / "log.jsonl", lambda path: [
+                dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()],
+                "without the file there is a report without curves")
+        return cls(folder.resolve().name, source.name, record, log, arrays, titles)
+
+    @property
+    def options(self) -> dict:
+        """The options of the run, with those of its latest evaluation."""
+        return self.record["options"]
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Kind of list -> the name that it has in rows and arrays."""
+        names = [name for name in self.record["rows"] if f"values/{name}/original" in self.arrays]
+        return dict(zip(dict.fromkeys(self.options["lists"]), names))
+
+    @property
+    def setting(self) -> str:
+        """What usually distinguishes runs."""
+        return f"{self.options['temporal']}, λ = {self.options['lambda_ct']:g}"
+
+
+def read(path: Path, parse: Callable, otherwise: str):
+    """parse(path). Raises FileNotFoundError or ValueError that name the file and what to do."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; {otherwise}")
+    try:
+        return parse(path)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged, or of another version of this program ({error!r}); "
+                         f"{otherwise}") from None
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def read_record(path: Path) -> dict:
+    """What run.json or eval.json holds. Raises KeyError for what a report cannot do without."""
+    record = read_object(path)
+    wanted = (record, ("protocol", "arrays")) if "rows" in record else (record, ())
+    for values, names in (wanted, (record["options"], ("lists", "temporal", "lambda_ct", "index",
+                                                       "sinpe_scale"))):
+        for name in names:
+            values[name]
+    return record
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
@@ -75,77 +123,248 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     return [replace(run, name=name) for run, name in zip(runs, names)]
 
 
+# ----------------------------------------------------------------------------------------------
+# One run
+
+
+def members_of_groups(run: Run) -> dict[str, np.ndarray]:
+    """Test sequences by length of history, and by whether training saw the answer.
+
+    name -> (n,) bool
+    """
+    lengths = (run.arrays["history"] >= 0).sum(axis=1)
+    seen = run.arrays["seen"][run.arrays["target"]]
+    groups = {f"history of {low}" + (f" to {high}" if high > low else ""):
+              (low <= lengths) & (lengths <= high)
+              for low, high in ((3, 3), (4, 6), (7, 9), (10, 10))}
+    return groups | {"answer seen": seen, "answer unseen": ~seen}
+
+
+def groups_table(run: Run) -> str:
+    """What each kind of list is worth for each group that has members."""
+    rows = {}
+    for name in run.kinds.values():
+        values = run.arrays[f"values/{name}/original"]
+        rows[name] = summarise(values)
+        rows |= {f"{name} | {group} ({members.sum():,})": summarise(values[members])
+                 for group, members in members_of_groups(run).items() if members.any()}
+    return format_table(rows)
+
+
+def agreement(one: np.ndarray, other: np.ndarray) -> float:
+    """Share of the items of one's lists that are in the other's, whatever their place."""
+    there = (one[:, :, None] == other[:, None, :]).any(axis=2)
+    return float(there[one >= 0].mean())
+
+
+COLUMNS = {
+    "coverage": "share of the catalogue that is recommended at least once",
+    "popularity": "how often an item was the answer in training, on average over recommended items",
+    "titles": "share of the beams whose free text is a title of the catalogue",
+    "first beams": "the same, of the best beam of each history",
+    "exact tens": "share of the items of the exact lists that are found",
+    "exact firsts": "share of the first items of the exact lists that come first here too"}
+
+
+def lists_table(run: Run) -> str:
+    """What is recommended: a line for each kind of list, one for the answers, and a legend."""
+    popularity, targets = run.arrays["popularity"], run.arrays["target"]
+    lists = {name: run.arrays[f"lists/{name}/original"] for name in run.kinds.values()}
+    exact = lists.get(run.kinds.get("exact"))
+    lines = {}
+    for name, made in lists.items():
+        used, valid = made[made >= 0], run.arrays[f"valid/{name}/original"]
+        cells = [f"{100 * len(np.unique(used)) / len(run.titles):.1f} %",
+                 f"{popularity[used].mean():.1f}"]
+        cells += [f"{100 * part.mean():.1f} %" for part in (valid, valid[:, :1])
+                  ] if valid.size else ["", ""]
+        cells += [] if exact is None or made is exact else [
+            f"{100 * agreement(exact, made):.1f} %",
+            f"{100 * (exact[:, 0] == made[:, 0]).mean():.1f} %"]
+        lines[name] = cells
+    lines["test answers"] = ["", f"{popularity[targets].mean():.1f}"]
+    shown = [i for i in range(len(COLUMNS)) if any("".join(c[i:i + 1]) for c in lines.values())]
+    names, width = list(COLUMNS), max(map(len, lines))
+    table = [" " * width + "".join(f"{names[i]:>13}" for i in shown)]
+    table += [f"{name:<{width}}" + "".join(f"{(*cells, *[''] * 6)[i]:>13}" for i in shown)
+              for name, cells in lines.items()]
+    return "\n".join(line.rstrip() for line in table) + "\n" + "\n".join(
+        f"  {names[i]}: {COLUMNS[names[i]]}" for i in shown)
+
+
+def standing(run: Run) -> str:
+    """Where a run on the synthetic world is between the best recommender that is blind to order
+    and the best that knows it."""
+    rows = run.record["rows"]
+    blind, aware = rows["best, order-blind"], rows["best, order-aware"]
+    if any(aware[m][0] - blind[m][0] <= max(1e-9, blind[m][1]) for m in METRICS):
+        return ("order decides nothing here: the best order-aware and the best order-blind "
+                "recommender coincide")
+    lines = ["on the way from the best order-blind recommender (0 %) to the best order-aware one "
+             "(100 %)"]
+    for name in run.kinds.values():
+        way = {m: (rows[name][m][0] - blind[m][0]) / (aware[m][0] - blind[m][0]) for m in METRICS}
+        lines.append(f"  {name}: " + ", ".join(f"{m} {100 * x:+.0f} %" for m, x in way.items()))
+    return "\n".join(lines)
+
+
+def describe(run: Run) -> str:
+    """All that is known of one run, as text."""
+    answers = run.arrays["answers"]
+    (nats, error), (p, p_error) = (mean_and_error(part[:, 0] - part[:, 1])
+                                   for part in (answers, np.exp(answers)))
+    parts = [
+        f"{run.name} | {run.setting} | evaluation in {run.source}\n{run.record['protocol']}\n"
+        f"{format_table(run.record['rows'])}\n"
+        "effect of order on the answer (Eq. 7), factual minus erased world\n"
+        f"  log p {nats:+.4f} ± {error:.4f} nats, p {p:+.5f} ± {p_error:.5f}",
+        f"by length of history, and by whether training saw the answer\n{groups_table(run)}",
+        f"what is recommended\n{lists_table(run)}"]
+    if "best, order-blind" in run.record["rows"]:
+        parts.append(standing(run))
+    return "\n\n".join(parts)
+
+
+# ----------------------------------------------------------------------------------------------
+# Several runs
+
+
 def paired_bootstrap(one: np.ndarray, other: np.ndarray, resamples: int = 2_000,
                      seed: int = 0) -> dict[str, tuple[float, float, float]]:
     """other - one for every metric, with the 95 % interval of resampled test sequences.
 
-    one, other: ranks of the same sequences, (n,) each. -> metric: (difference, low, high)
+    one, other: what lists for the same sequences are worth, (n, 4) each.
+    -> metric: (difference, low, high)
     """
-    rng, n = np.random.default_rng(seed), len(one)
-    gains = np.stack([metric(other) - metric(one) for metric in METRICS.values()])
-    means = np.stack([gains[:, rng.integers(0, n, n)].mean(axis=1) for _ in range(resamples)])
+    rng, n, gains = np.random.default_rng(seed), len(one), other - one
+    means = np.stack([gains[rng.integers(0, n, n)].mean(axis=0) for _ in range(resamples)])
     low, high = np.quantile(means, (0.025, 0.975), axis=0)
     return {name: (float(d), float(a), float(b))
-            for name, d, a, b in zip(METRICS, gains.mean(axis=1), low, high)}
+            for name, d, a, b in zip(METRICS, gains.mean(axis=0), low, high)}
+
+
+def cases(run: Run, rows: np.ndarray) -> np.ndarray:
+    """The histories and answers of some test sequences, to be compared.  -> (len(rows), 11)"""
+    history = run.arrays["history"][rows]           # padded to the longest of this evaluation
+    padded = np.full((len(rows), 11), -1)
+    padded[:, :history.shape[1]], padded[:, -1] = history, run.arrays["target"][rows]
+    return padded
+
+
+def common_sequences(first: Run, run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Where the test sequences that both have are in the arrays of each.
+
+    Raises ValueError if there are none, or if they are not the same in both.
+    """
+    _, here, there = np.intersect1d(first.arrays["sequence"], run.arrays["sequence"],
+                                    return_indices=True)
+    if first.titles != run.titles or not np.array_equal(cases(first, here), cases(run, there)):
+        raise ValueError(f"{run.name} was tested on other data than {first.name}; wanted runs of "
+                         "one data set, prepared alike")
+    if not len(here):
+        raise ValueError(f"{run.name} shares no test sequence with {first.name}; evaluate both "
+                         "with --eval-sequences 0")
+    return here, there
 
 
 def compare(runs: Sequence[Run]) -> str:
-    """Tables of several runs: what each reached, and the differences to the first, paired.
+    """What each run reached, and the differences to the first, paired, for each kind of list.
 
-    Raises ValueError for runs that share no test sequence.
+    Raises ValueError for runs that cannot be compared.
     """
-    first = runs[0]
-    if len({run.result["protocol"] for run in runs}) == 1:
-        lines = [first.result["protocol"]]
-    else:
-        lines = [f"{run.name} | {run.result['protocol']}" for run in runs]
-    rows = []
-    for run in runs:
-        told = f"{run.name}, {run.options['temporal']}, λ = {run.options['lambda_ct']:g}"
-        rows += [(told, run.result["rows"]["original order"], ""),
-                 ("  change under reversal", run.result["rows"]["change under reversal"], "%")]
-    lines += ["", format_table(rows)]
+    first, lines = runs[0], []
+    protocols = list(dict.fromkeys(run.record["protocol"] for run in runs))
+    common = {run.name: common_sequences(first, run) for run in runs[1:]}
+    for run in runs if len(protocols) > 1 else [first]:
+        lines.append(f"{run.name} | " * (len(protocols) > 1) + run.record["protocol"])
     for run in runs[1:]:
-        if run.result["test_set"] != first.result["test_set"]:
-            raise ValueError(f"{run.name} was tested on other data than {first.name}; wanted runs "
-                             "of one data set, prepared alike")
-        _, here, there = np.intersect1d(first.arrays["sequence"], run.arrays["sequence"],
-                                        return_indices=True)
-        if not len(here):
-            raise ValueError(f"{run.name} shares no test sequence with {first.name}; evaluate both "
-                             "with --eval-sequences 0")
-        lines += ["", f"{run.name} minus {first.name} on the same {len(here):,} test sequences, "
-                  "with the 95 % interval of a paired bootstrap"]
-        for name, (difference, low, high) in paired_bootstrap(
-                first.arrays["ranks/original"][here], run.arrays["ranks/original"][there]).items():
-            lines.append(f"  {name:<8}{difference:+.4f}  [{low:+.4f}, {high:+.4f}]")
+        if not first.kinds.keys() & run.kinds.keys():
+            raise ValueError(f"{run.name} has {', '.join(run.kinds)} and {first.name} has "
+                             f"{', '.join(first.kinds)}: no lists of one kind; evaluate one of "
+                             "them again with other --lists")
+    for kind in dict.fromkeys(kind for run in runs for kind in run.kinds):
+        have = [run for run in runs if kind in run.kinds]
+        lines += ["", " / ".join(dict.fromkeys(run.kinds[kind] for run in have))]
+        rows = {}
+        for run in have:
+            name, told = run.kinds[kind], f"{run.name}, {run.setting}"
+            rows[told] = run.record["rows"][name]
+            rows[f"{told} | change, reversed"] = run.record["rows"][f"{name} | change, reversed"]
+        lines.append(format_table(rows))
+        for run in have if kind in first.kinds else []:
+            if run is first:
+                continue
+            here, there = common[run.name]
+            lines.append(f"{run.name} minus {first.name} on the same {len(here):,} test sequences, "
+                         "with the 95 % interval of a paired bootstrap")
+            one, other = (r.arrays[f"values/{r.kinds[kind]}/original"][rows]
+                          for r, rows in ((first, here), (run, there)))
+            lines += [f"  {name:<8}{difference:+.4f}  [{low:+.4f}, {high:+.4f}]" for
+                      name, (difference, low, high) in paired_bootstrap(one, other).items()]
     return "\n".join(lines)
 
 
+# ----------------------------------------------------------------------------------------------
+# The report
+
+
+def drawings(runs: Sequence[Run], user: int) -> list[tuple[str, str, object]]:
+    """(file name, caption, figure) of all figures that there is something to draw for."""
+    drawn = [("training", "Losses while tuning", figures.training_curves(runs)),
+             ("order", "Test histories as they are, reversed and shuffled (Fig. 4)",
+              figures.order_bars(runs)),
+             ("lambda", "Hit ratio against λ", figures.lambda_curve(runs))]
+    history = [item for item in runs[0].arrays["history"][user].tolist() if item >= 0]
+    different: dict[tuple, Run] = {}                # runs of one setting share a picture
+    for run in runs:
+        different.setdefault((run.options["temporal"], run.options["sinpe_scale"]), run)
+    for run in different.values():
+        drawn.append((f"temporal-{run.name}" if len(runs) > 1 else "temporal",
+                      f"Temporal embedding of test sequence {user} in both worlds: "
+                      f"{run.options['temporal']}",
+                      figures.temporal_picture(run.options, [runs[0].titles[i] for i in history])))
+    drawn.append(("case", f"Case study (Fig. 5): test sequence {user}",
+                  figures.case_study(runs, user)))
+    return [entry for entry in drawn if entry[2] is not None]
+
+
 def write_report(runs: Sequence[Run], folder: Path, user: int = 0) -> str:
-    """Figures and report.html of one run or several into a folder.  -> a line on what was written
-    """
-    n = runs[0].result["n"]
+    """Write figures and report.html of one run or several. Returns a line on what was written."""
+    n = len(runs[0].arrays["target"])
     if not 0 <= user < n:
         raise ValueError(f"--user is {user}; {runs[0].name} was tested on sequences 0 to {n - 1}")
-    tables = [(run.name, format_result(run.result)) for run in runs]
+    tables = [(run.name, describe(run)) for run in runs]
     if len(runs) > 1:
         tables.insert(0, ("comparison", compare(runs)))
-    drawn, notes = [], []
-    if figures.figures_available():
-        drawn = [("training", "Losses while tuning", figures.training_curves(runs)),
-                 ("order", "Test histories as they are, reversed and shuffled (Fig. 4)",
-                  figures.order_bars(runs)),
-                 ("lambda", "Hit ratio against λ", figures.lambda_curve(runs))]
-        drawn += [(f"temporal-{run.name}" if len(runs) > 1 else "temporal",
-                   f"Temporal embedding of one prompt in both worlds, {run.name}",
-                   figures.temporal_picture(run)) for run in runs]
-        drawn.append(("case", f"Case study (Fig. 5): test sequence {user}",
-                      figures.case_study(runs, user)))
-        drawn = [entry for entry in drawn if entry[2] is not None]
-    else:
-        notes.append(figures.NO_MATPLOTLIB)
+    available = figures.figures_available()
+    drawn = drawings(runs, user) if available else []
+    notes = [] if available else [figures.NO_MATPLOTLIB]
     folder.mkdir(parents=True, exist_ok=True)
     heading = ", ".join(run.name for run in runs)
     path = figures.write_page(folder, heading, tables, drawn, notes)
     return f"report {path} | {len(drawn)} figures beside it" + "".join(f" | {n}" for n in notes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, print and write. Returns the exit status."""
+    ap = argparse.ArgumentParser(
+        prog="python -m experiments.report", allow_abbrev=False,
+        description="Report on one run, or compare several on the test sequences that they share: "
+        "tables, figures, and a report.html that opens without a network.")
+    ap.add_argument("runs", nargs="+", metavar="RUN", help="run folders, as cetrec.py writes them")
+    ap.add_argument("--user", type=int, default=0, metavar="N", help="test sequence of the case "
+                    "study (Fig. 5), counted from 0 in the first run (default: %(default)s)")
+    ap.add_argument("--out", metavar="DIR", help="folder for figures and report.html (default: the "
+                    "run's own; for several runs, comparison beside the first)")
+    given = ap.parse_args(argv)
+
+    def work() -> None:
+        runs, first = read_runs(given.runs), Path(given.runs[0])
+        print(compare(runs) if len(runs) > 1 else describe(runs[0]))
+        beside = first if len(runs) == 1 else first.resolve().parent / "comparison"
+        print(write_report(runs, Path(given.out or beside), given.user))
+    return exit_status(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,11 +1,12 @@
 """This file reads the raw data and prepares them as §5.1.1 of the paper says.
 
 It knows MovieLens, Steam and LastFM as they were published, and it reads a folder of the user's
-own. The result are the interactions from which data.py makes sequences and prompts. Ratings, tags
+own. The result is the `Interactions` from which data.py makes sequences and prompts. Ratings, tags
 and playing times are left aside, because the paper uses only who took which item at what time.
 
-The file has three parts. The first one fetches files, the second one reads their lines, and the
-third one, from `prepare` on, drops and draws rows. Each step of the third part is counted.
+The file goes from the line to the data set: how a line is split, which data sets there are, how
+their files are fetched, and how they are read. `prepare` stands at the end. It drops and draws
+rows as the paper does, and counts each of its steps.
 """
 
 import ast
@@ -36,7 +37,41 @@ PLACES = 10**7                  # timestamps up to here, April 1970, only say wh
 
 
 # ----------------------------------------------------------------------------------------------
-# Where the public data sets are, and how they look
+# The fields of a line
+
+by_tabs, by_bars, by_colons = (methodcaller("split", mark) for mark in ("\t", "|", "::"))
+
+
+def csv_fields(text: str) -> list[str]:
+    """The fields of a line of CSV. It is read alone, so that a stray quote spoils only one line."""
+    return next(csv.reader([text], strict=True)) if '"' in text else text.split(",")
+
+
+def literal(text: str) -> dict:
+    """The dict that a line of Python source spells out. Nothing in the line is ever run."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{text[:40]!r} is not a Python dict literal")
+    return value
+
+
+def steam_review(text: str) -> list[str]:
+    """Who reviewed which game when. McAuley's files have a Python literal, not JSON, a line."""
+    review = literal(text)
+    return [review["username"], review["product_id"], review["date"]]
+
+
+def steam_game(text: str) -> list[str]:
+    """The id and the title of a game, either of which a few of the games lack."""
+    game = literal(text)
+    return [game.get("id") or "", game.get("title") or game.get("app_name") or ""]
+
+
+# ----------------------------------------------------------------------------------------------
+# Where the data sets are, and how they look
 
 
 @dataclass(frozen=True)
@@ -53,35 +88,40 @@ class Table:
     """A text file with one row a line."""
 
     name: str
-    separator: str = ","        # at "," a field may stand in double quotes, as CSV allows
-    header: str | None = None   # the columns' names, unless the first line of the file gives them
+    split: Callable[[str], list[str]] = csv_fields
+    header: tuple[str, ...] = ()        # the columns' names, unless the file's first line has them
     encoding: str = "utf-8"
 
 
 @dataclass(frozen=True)
 class Format:
-    """A data set: two files in the folder data_dir/folder, each of them plain or gzipped."""
+    """A data set: two files in the folder data_dir/folder, each of them plain or gzipped.
+
+    In a strict data set every id is a whole number, and an item that is not listed, or listed
+    without a title, is an error. In the others such items are dropped and counted.
+    """
 
     folder: str
     tables: tuple[Table, Table]             # the interactions and the items
     downloads: tuple[Download, ...] = ()
     domain: str = "items"                   # a key of data.DOMAINS
     most_bytes: int = 50_000_000_000        # a file that unpacks to more is not of this format
-    strict: bool = False        # True: ids are whole numbers, and every item is listed with a title
+    strict: bool = False
     time: tuple[str, ...] = ("time",)       # the column, or columns, that say when
 
 
+RATING = "user", "item", "rating", "time"
 GROUPLENS, STEAM = "https://files.grouplens.org/datasets/", "http://cseweb.ucsd.edu/~wckang/"
 FORMATS = {
     "movielens": Format(
-        "ml-1m", (Table("ratings.dat", "::", "user::item::rating::time", "latin-1"),
-                  Table("movies.dat", "::", "item::title::genres", "latin-1")),
+        "ml-1m", (Table("ratings.dat", by_colons, RATING, "latin-1"),
+                  Table("movies.dat", by_colons, ("item", "title", "genres"), "latin-1")),
         (Download(GROUPLENS + "movielens/ml-1m.zip", "5.9 MB",
                   "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"),),
         "movies", 100_000_000, strict=True),
     "ml-100k": Format(
-        "ml-100k", (Table("u.data", "\t", "user\titem\trating\ttime", "latin-1"),
-                    Table("u.item", "|", "item|title" + "|" * 22, "latin-1")),
+        "ml-100k", (Table("u.data", by_tabs, RATING, "latin-1"),
+                    Table("u.item", by_bars, ("item", "title", *[""] * 22), "latin-1")),
         (Download(GROUPLENS + "movielens/ml-100k.zip", "4.9 MB",
                   "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229"),),
         "movies", 10_000_000, strict=True),
@@ -90,12 +130,12 @@ FORMATS = {
         (Download(GROUPLENS + "movielens/ml-latest-small.zip", "1 MB"),),
         "movies", 20_000_000, strict=True),
     "steam": Format(
-        "steam-mcauley", (Table("steam_reviews.json", header=""),
-                          Table("steam_games.json", header="")),
+        "steam-mcauley", (Table("steam_reviews.json", steam_review, ("user", "item", "time")),
+                          Table("steam_games.json", steam_game, ("item", "title"))),
         (Download(STEAM + "steam_reviews.json.gz", "1.3 GB"),
          Download(STEAM + "steam_games.json.gz", "2.7 MB")), "games"),
     "lastfm": Format(
-        "lastfm-hetrec", (Table("user_taggedartists.dat", "\t"), Table("artists.dat", "\t")),
+        "lastfm-hetrec", (Table("user_taggedartists.dat", by_tabs), Table("artists.dat", by_tabs)),
         (Download(GROUPLENS + "hetrec2011/hetrec2011-lastfm-2k.zip", "2.6 MB",
                   "6738f48195667ff03caaab4d32ca9a3133d8cc026b7c3cdaf6ce1010e913c59c"),),
         "artists", 50_000_000, time=("year", "month", "day")),
@@ -110,16 +150,22 @@ TABLE_2 = {     # what the paper's Table 2 says; the README tells which counts c
 TABLE_2["ml-1m"] = TABLE_2["movielens"]
 
 
+def present(folder: Path, file: str) -> Path | None:
+    """The path of a file that is there, plain or gzipped."""
+    return next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
+
+
 def own_format(folder: Path) -> Format:
     """The format of a folder of the user's own.
 
     It holds interactions.csv and items.csv, or RecBole's NAME.inter and NAME.item. The columns may
-    stand in any order, and others may stand between them.
+    stand in any order, and others may stand between them. Raises FileNotFoundError if the folder
+    holds neither pair whole, or more than one.
     """
     pairs = [Table("interactions.csv"), Table("items.csv")], *(
-        [Table(path.name, "\t"), Table(path.with_suffix(".item").name, "\t")]
+        [Table(path.name, by_tabs), Table(path.with_suffix(".item").name, by_tabs)]
         for path in folder.glob("*.inter"))
-    whole = [pair for pair in pairs if all(_present(folder, table.name) for table in pair)]
+    whole = [pair for pair in pairs if all(present(folder, table.name) for table in pair)]
     if len(whole) != 1:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
         raise FileNotFoundError(
@@ -130,11 +176,6 @@ def own_format(folder: Path) -> Format:
 
 # ----------------------------------------------------------------------------------------------
 # Fetching: a file is there whole, or it is not there
-
-
-def _present(folder: Path, file: str) -> Path | None:
-    """The path of a file that is there, plain or gzipped."""
-    return next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
 
 
 def unpack(archive: Path, folder: Path, files: list[str], most_bytes: int) -> None:
@@ -173,21 +214,22 @@ def find_files(name: str, data_dir: Path) -> tuple[Path, Path]:
     files = [table.name for table in form.tables]
     for source in form.downloads:
         file = source.address.rpartition("/")[2]
-        packed = file.endswith(".zip")
+        packed = file.endswith(".zip")          # the others are single files, used as they come
         path = data_dir / file if packed else folder / file
         wanted = files if packed else [file.removesuffix(".gz")]
-        if all(_present(folder, file) for file in wanted):
+        if all(present(folder, file) for file in wanted):
             continue
         if not path.is_file():
+            # It is written under another name until it is whole. A wrong sha256: RuntimeError.
             print(f"fetching {source.address} ({source.size}) to {path}")
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 torch.hub.download_url_to_file(source.address, str(path), source.sha256)
-            except (OSError, HTTPException, RuntimeError) as error:     # Runtime: a wrong sha256
+            except (OSError, HTTPException, RuntimeError) as error:
                 raise FileNotFoundError(
                     f"{folder / wanted[0]}: not found (nor {wanted[0]}.gz), and fetching "
-                    f"{source.address} failed ({error}). Save it ({source.size}) as {path}, or "
-                    "pass --data-dir; --data synthetic needs nothing") from None
+                    f"{source.address} failed ({str(error).strip()}). Save it ({source.size}) as "
+                    f"{path}, or pass --data-dir; --data synthetic needs nothing") from None
         elif source.sha256:
             with open(path, "rb") as archive:
                 found = hashlib.file_digest(archive, "sha256").hexdigest()
@@ -196,14 +238,16 @@ def find_files(name: str, data_dir: Path) -> tuple[Path, Path]:
                                  f"{source.sha256}. Remove the file and run again")
         if packed:
             unpack(path, folder, wanted, form.most_bytes)
-    return tuple(_present(folder, file) for file in files)
+    return tuple(present(folder, file) for file in files)
 
 
 # ----------------------------------------------------------------------------------------------
 # Columns, found by their names
 
+# The names are compared without capitals, blanks and underscores; see plain_name. A name belongs
+# here if people use it and it can mean nothing else: "id" may be a row's own number.
 THINGS = ("item", "movie", "product", "artist", "game", "app", "book", "track", "song", "video")
-COLUMNS = {     # the accepted names of each column, as plain_name writes them
+COLUMNS = {
     "user": ("user", "userid", "uid", "reviewerid"),
     "item": (*THINGS, *(f"{thing}id" for thing in THINGS), "iid", "asin", "isbn"),
     "time": ("time", "timestamp", "unixtime", "unixreviewtime", "date", "datetime", "ratedat",
@@ -211,7 +255,7 @@ COLUMNS = {     # the accepted names of each column, as plain_name writes them
     "title": ("title", "name", *(thing + word for thing in THINGS for word in ("title", "name"))),
     "year": ("year",), "month": ("month",), "day": ("day",),
 }
-COLUMNS["id"] = (*COLUMNS["item"], "id")        # in the item file, "id" can only be the item's
+COLUMNS["id"] = (*COLUMNS["item"], "id")        # in the item file it can only be the item's
 
 
 def plain_name(name: str) -> str:
@@ -222,25 +266,28 @@ def plain_name(name: str) -> str:
     return re.sub(r"[\W_]+", "", name.partition(":")[0]).lower()
 
 
-def column(names: list[str], role: str) -> int:
-    """The place of the column that has a role, found by its name.
+def find_columns(names: list[str], roles: tuple[str, ...]) -> Callable:
+    """A function from the fields of a row to those of the roles, found by the columns' names.
 
-    Raises ValueError, which tells the accepted names, if no column or more than one has such a
-    name. A guess between two columns could go wrong without anybody noticing.
+    Raises ValueError, which tells the accepted names, if no column or more than one fits a role. A
+    guess between two columns could go wrong without anybody noticing.
     """
-    found = [place for place, name in enumerate(names) if plain_name(name) in COLUMNS[role]]
-    if len(found) != 1:
-        raise ValueError(
-            f"the header has {'more than one' if found else 'no'} column for the {role}; its "
-            f"columns are {', '.join(names)[:400]}. Call one {' or '.join(COLUMNS[role])}; "
-            "capitals, blanks and underscores do not matter")
-    return found[0]
+    places = []
+    for role in roles:
+        found = [place for place, name in enumerate(names) if plain_name(name) in COLUMNS[role]]
+        if len(found) != 1:
+            raise ValueError(
+                f"the header has {'more than one' if found else 'no'} column for the {role}; its "
+                f"columns are {', '.join(names)[:400]}. Call one of them "
+                f"{' or '.join(COLUMNS[role])}; capitals, blanks and underscores do not matter")
+        places += found
+    return itemgetter(*places)
 
 
 def seconds(text: str) -> int:
     """Seconds since 1970 of an integer, a float or an ISO date (UTC unless it says otherwise)."""
     try:
-        value = float(text)
+        value = int(text) if text.isdigit() else float(text)
     except ValueError:
         try:
             date = datetime.fromisoformat(text)
@@ -261,7 +308,8 @@ def seconds(text: str) -> int:
 class Reader:
     """Collects the items and the interactions of one data set, and keeps account of what it drops.
 
-    The items must be read first, because an interaction refers to an item by its id.
+    The items must be read first, because an interaction refers to an item by its id. Numbers are
+    kept in one array of 64-bit integers: a list of Python's would take several times the memory.
     """
 
     def __init__(self, form: Format, skip_bad_lines: bool = False):
@@ -274,9 +322,10 @@ class Reader:
         self.rows = array("q")                          # user, item, time; user, item, time; ...
 
     def lines(self, path: Path) -> Iterator[bytes]:
-        """The lines of a file, as a stream.
+        """The lines of a file, as a stream, because Steam's reviews are larger than most memories.
 
-        Raises ValueError for a damaged gzip file and for one of absurd size.
+        Raises ValueError for a damaged gzip file and for one of absurd size. A few kilobytes of
+        gzip can unpack to terabytes, so both bounds are checked while the file is read.
         """
         digest, rest, size, packed = hashlib.sha256(), b"", 0, path.stat().st_size
         try:
@@ -287,12 +336,12 @@ class Reader:
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
                     size += len(chunk)
-                    *whole, rest = (rest + chunk).split(b"\n")
-                    yield from whole
+                    *whole, rest = (rest + chunk).split(b"\n")     # rest: a line cut in two
                     if len(rest) > LONGEST_LINE or size > self.form.most_bytes:
                         raise ValueError(
                             f"{path}: more than {LONGEST_LINE:,} bytes in a line or "
                             f"{self.form.most_bytes:,} in all; this is not a file of this format")
+                    yield from whole
                 if rest:
                     yield rest
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -300,45 +349,50 @@ class Reader:
                 from None
         self.checksums[path.name.removesuffix(".gz")] = digest.hexdigest()
 
-    def read(self, path: Path, table: Table, understand: Callable) -> None:
-        """Read a file. understand(header) returns the function store(text), which stores a line.
+    def read(self, path: Path, table: Table, roles: tuple[str, ...], store: Callable) -> None:
+        """Read a file, and call store(...) with the fields of the given roles for every line.
 
-        A line that store refuses is a bad one: it stops the reading, or is counted if the user
-        asked for that. Raises ValueError, too, for a file without rows and for a header that is not
-        understood, because without it no line makes sense.
+        A line that cannot be split or stored is a bad one: it stops the reading, or is counted if
+        the user asked for that. A header that is not understood stops the reading in any case.
         """
-        store, rows = table.header is not None and understand(table.header), 0
+        names, rows = table.header, 0
+        pick = names and find_columns(names, roles)
         for number, line in enumerate(self.lines(path), 1):
             try:
-                text = line.decode(table.encoding).rstrip("\r")
-                if store:
-                    rows += 1
-                    store(text)
-                else:
-                    store = understand(text)
+                fields = table.split(line.decode(table.encoding).rstrip("\r"))
+                if not pick:
+                    names, pick = fields, find_columns(fields, roles)
+                    continue
+                rows += 1
+                if len(fields) != len(names):
+                    raise ValueError(f"{len(fields)} fields, expected {len(names)}")
+                store(*pick(fields))
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
                     csv.Error) as error:
-                if not store or not self.skip_bad_lines:
+                if not pick or not self.skip_bad_lines:
                     what = f"has no {error}" if isinstance(error, KeyError) else error
                     advice = "Repair or remove the line, or pass --skip-bad-lines"
                     raise ValueError(f"{path}, line {number}: {what}. "
-                                     f"{advice if store else 'Repair the header'}") from None
+                                     f"{advice if pick else 'Repair the header'}") from None
                 self.dropped[f"bad lines of {path.name}"] += 1
         if not rows:
             raise ValueError(f"{path}: holds no rows. Fetch it again")
 
     def add_item(self, item: str, title: str) -> None:
         """Enter an item. Raises ValueError for a title or an id that cannot be right."""
-        key, title = int(item) if self.form.strict else item, title.strip()
-        if not title and not self.form.strict:
-            self.dropped["items without a title"] += 1
+        strict, title = self.form.strict, title.strip()
+        key = int(item) if strict else item
+        if not (item and title) and not strict:
+            self.dropped["items without an id or a title"] += 1
         elif not title or "\n" in title or "\r" in title:
             raise ValueError(f"title {title[:40]!r} is empty or has a line break")
-        elif key in self.index:
-            raise ValueError(f"item {item} is listed twice")
-        else:
+        elif key not in self.index:
             self.index[key] = len(self.titles)
             self.titles.append(title)
+        elif self.titles[self.index[key]] == title:
+            self.dropped["items listed again"] += 1
+        else:
+            raise ValueError(f"item {item} is listed twice, with different titles")
 
     def add_row(self, user: str, item: str, *time: str) -> None:
         """Enter an interaction, whose time is one text, or a year, a month and a day."""
@@ -368,7 +422,10 @@ class Reader:
 
 
 def unique_titles(titles: list[str]) -> list[str]:
-    """Give the second, third ... item of the same title the suffix " [2]", " [3]" ..."""
+    """Give the second, third ... item of the same title the suffix " [2]", " [3]" ...
+
+    Grounding compares titles, so two items with one title could not be told apart.
+    """
     taken, seen, unique = set(titles), Counter(), []
     for title in titles:
         seen[title] += 1
@@ -378,55 +435,6 @@ def unique_titles(titles: list[str]) -> list[str]:
         taken.add(new)
         unique.append(new)
     return unique
-
-
-def csv_fields(text: str) -> list[str]:
-    """The fields of a line of CSV. It is read alone, so that a stray quote spoils only one line."""
-    return next(csv.reader([text], strict=True)) if '"' in text else text.split(",")
-
-
-def by_columns(table: Table, roles: tuple[str, ...], store: Callable) -> Callable:
-    """For Reader.read: find the columns of the roles in the header, and store their fields."""
-    split = csv_fields if table.separator == "," else methodcaller("split", table.separator)
-
-    def understand(header: str) -> Callable:
-        names = split(header)
-        width, pick = len(names), itemgetter(*(column(names, role) for role in roles))
-
-        def store_line(text: str) -> None:
-            fields = split(text)
-            if len(fields) != width:
-                raise ValueError(f"{len(fields)} fields, expected {width} separated by "
-                                 f"{table.separator!r}")
-            store(*pick(fields))
-        return store_line
-    return understand
-
-
-def steam_lines(reader: Reader) -> tuple[Callable, Callable]:
-    """For Reader.read: store a review, and a game, of McAuley's files, which are not JSON."""
-    def store_review(text: str) -> None:
-        review = literal(text)
-        reader.add_row(review["username"], review["product_id"], review["date"])
-
-    def store_game(text: str) -> None:
-        game = literal(text)
-        if game.get("id") is None or game["id"] in reader.index:
-            reader.dropped["games without an id or listed again"] += 1
-        else:
-            reader.add_item(game["id"], game.get("title") or game.get("app_name") or "")
-    return store_review, store_game
-
-
-def literal(text: str) -> dict:
-    """The dict that a line of source text spells out."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{text[:40]!r} is not a Python dict literal")
-    return value
 
 
 def load_interactions(name: str, data_dir: str | Path = "data", skip_bad_lines: bool = False,
@@ -441,19 +449,13 @@ def load_interactions(name: str, data_dir: str | Path = "data", skip_bad_lines: 
         form, paths = FORMATS[name], find_files(name, Path(data_dir))
     elif Path(name).is_dir():
         form = own_format(Path(name))
-        paths = [_present(Path(name), table.name) for table in form.tables]
+        paths = [present(Path(name), table.name) for table in form.tables]
     else:
         raise ValueError(f"unknown data set {name!r}; known are synthetic, {', '.join(FORMATS)}, "
                          "or a folder with interactions.csv and items.csv")
     reader = Reader(form, skip_bad_lines)
-    if name == "steam":
-        store_review, store_game = steam_lines(reader)
-        rows, items = lambda header: store_review, lambda header: store_game
-    else:
-        rows = by_columns(form.tables[0], ("user", "item", *form.time), reader.add_row)
-        items = by_columns(form.tables[1], ("id", "title"), reader.add_item)
-    reader.read(paths[1], form.tables[1], items)
-    reader.read(paths[0], form.tables[0], rows)
+    reader.read(paths[1], form.tables[1], ("id", "title"), reader.add_item)
+    reader.read(paths[0], form.tables[0], ("user", "item", *form.time), reader.add_row)
     x = reader.interactions(domain)
     return replace(x, dated=name in FORMATS or bool(x.timestamps.max() > PLACES))
 
@@ -516,7 +518,10 @@ def core(x: Interactions, least: int) -> Interactions:
 
 def sample_of(ids: np.ndarray, share: float, rng: np.random.Generator,
               by_rows: bool = False) -> np.ndarray:
-    """The mask of all rows of some ids, drawn at random: at most that share of the ids, or rows."""
+    """The mask of all rows of some ids, drawn at random.
+
+    The ids are as many as have at most that share of all ids, or with by_rows of all rows.
+    """
     kinds, which, rows = np.unique(ids, return_inverse=True, return_counts=True)
     order = rng.permutation(len(kinds))
     weight = rows[order] if by_rows else np.ones(len(kinds))

@@ -1,7 +1,10 @@
-"""The flags of the command: one frozen dataclass, one field a flag, all of a flag in one place.
+"""The flags of the command: one frozen dataclass with one field for each flag.
 
-`flag` holds its group, help, default, choices and least value. The parser, the defaults, the check
-and the record in run.json are made from that.
+Everything about a flag stands in one place, its field: the group, the help, the defaults, the
+choices and the least value. The parser, the defaults, the checks and the record in run.json are all
+made from that, so a flag cannot be known to one of them and unknown to another.
+
+The identifiers D1 to D15 in the help name what the paper leaves open; docs/readings.md has them.
 """
 
 import argparse
@@ -15,16 +18,21 @@ from support.datasets import FORMATS, SAMPLE, check_preparation
 
 TEMPORAL = ("rope", "rope-attention", "sinpe", "none")
 LISTS = ("beams", "titles", "exact")
-EVALUATION = {"eval_sequences", "lists", "beams", "length_penalty", "ground_with", "ground_list",
-              "exclude_history"}
+LARGEST = 10**18        # of any number, because PyTorch wants seeds below 2^63
+
+# Fields about the lists called beams, and all fields that --eval-only may change.
+OF_BEAMS = {"beams", "length_penalty", "ground_with", "ground_list"}
+EVALUATION = {"eval_sequences", "lists", "exclude_history"} | OF_BEAMS
 
 
 def flag(group: str, text: str, default, *, tiny=None, by_data: dict | None = None,
          choices=None, low: float | None = None, metavar: str | None = None, told: str = ""):
     """A field of Options.
 
-    default: of published bases; tiny: of the tiny base, where it differs; by_data: of the tiny base
-    on some data sets. told: the default in words, where these do not say it.
+    A flag may have up to three defaults. `default` is meant for published bases, `tiny` for the
+    tiny base where that wants another value, and `by_data` for the tiny base on single data sets.
+    `told` gives the default in words where these values do not say it. The value must be at least
+    `low`.
     """
     presets = {"published": default} | ({} if tiny is None else {"tiny": tiny}) | (by_data or {})
     return field(metadata={"group": group, "text": text, "presets": presets, "choices": choices,
@@ -34,6 +42,8 @@ def flag(group: str, text: str, default, *, tiny=None, by_data: dict | None = No
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Everything that a run depends on; run.json records it."""
+
+    # Data (§5.1.1). What was drawn depends on the seed, so the same seed gives the same run.
 
     data: str = flag(
         "data", "synthetic needs no download; movielens is MovieLens-1M; these are fetched if need "
@@ -48,8 +58,8 @@ class Options:
                          "the share of the users and of the games", 1.0, metavar="SHARE",
                          told="0.1 with movielens and 1/3 with steam, as the paper's text (D4); "
                          "else 1")
-    chronological: bool = flag("data", "lastfm only: order by the date of tagging; the field orders "
-                               "by artist number, not by time (D9)", False)
+    chronological: bool = flag("data", "lastfm only: order by the date of tagging; the field "
+                               "orders by artist number, not by time (D9)", False)
     index: str = flag("data", "what k of an item counts in Eq. 6: order, its steps back from the "
                       "newest (D1); or time, log2(1 + days before the recommendation), which is "
                       "beyond the paper (D15)", "order", choices=["order", "time"])
@@ -59,7 +69,13 @@ class Options:
                                  "the next item, from 0 (not at all) to 1", 1.0, metavar="S")
     limit_train: int = flag("data", "use the N latest training sequences only; 0 means all", 0,
                             low=0, metavar="N")
-    seed: int = flag("data", "of world, samples, base and tuning", 0, low=0)
+    seed: int = flag("data", "decides all that is drawn at random: the synthetic world, samples, "
+                     "the tiny base, the factors' first values and the order of tuning", 0, low=0,
+                     metavar="N")
+
+    # Base and factors (§3, §4.2). The paper gives no settings for LoRA (D5). Published bases take
+    # those of BIGRec, on which it builds. The tiny base has little to lose and much to learn, so
+    # its factors are wider and sit beside every linear map.
 
     model: str = flag(
         "model", "tiny is a small Llama that is trained here, on shuffled histories; or a folder "
@@ -81,27 +97,32 @@ class Options:
         "model", "linear maps that get factors, with commas, or all-linear", ("q_proj", "v_proj"),
         tiny=ALL_LINEAR, metavar="NAMES", told="q_proj,v_proj; with the tiny base all-linear")
 
+    # Tuning (§4.4). The paper gives AdamW and its rate; batch size, epochs and warm-up are CFT's
+    # (D5). The values for the tiny base were chosen on validation splits.
+
     lambda_ct: float = flag("tuning", "weight λ of L_CT in Eq. 10; 0 is the paper's w.o. CT. The "
                             "paper tries 0.01, 0.1, 0.5, 1 and 10", 0.1, low=0, metavar="λ")
-    lr: float = flag("tuning", "peak rate of AdamW; the paper has 1e-4", 1e-4, tiny=3e-3,
-                     by_data={"synthetic": 4e-3}, low=0)
-    batch_size: int = flag("tuning", "sequences a step", 64, tiny=128, by_data={"synthetic": 64},
+    lr: float = flag("tuning", "peak learning rate of AdamW; the paper has 1e-4", 1e-4, tiny=3e-3,
+                     by_data={"synthetic": 4e-3}, low=0, metavar="X")
+    batch_size: int = flag("tuning", "sequences in a step", 64, tiny=128, by_data={"synthetic": 64},
                            low=1, metavar="N")
-    epochs: int = flag("tuning", "at most; tuning stops after an epoch without a better validation "
-                       "L_TA", 3, tiny=1, low=1, metavar="N")
+    epochs: int = flag("tuning", "times through the training split, at most: tuning stops after an "
+                       "epoch without a better validation L_TA", 3, tiny=1, low=1, metavar="N")
     least_steps: int = flag("tuning", "allow more epochs on small data, until there are N steps",
                             300, low=0, metavar="N",
                             told="300; 0 where --epochs or --max-steps is given")
-    warmup: int = flag("tuning", "steps of linear warm-up, but at most a tenth of all; then linear "
-                       "decay", 20, tiny=50, low=0, metavar="N")
+    warmup: int = flag("tuning", "steps of linear warm-up, but at most a tenth of all steps; then "
+                       "the rate decays linearly", 20, tiny=50, low=0, metavar="N")
     max_steps: int = flag("tuning", "stop tuning after N steps; 0 means no limit", 0, low=0,
                           metavar="N")
     micro_batch: int = flag("tuning", "rows of a batch to work on at a time, with the same "
-                            "gradient; 0 means as many as fit the memory", 0, low=0, metavar="N")
+                            "gradient; 0 means as many as suit the memory", 0, low=0, metavar="N")
     recompute: bool = flag("tuning", "run each block again in the backward pass instead of keeping "
                            "what it computed: less memory, more time", False)
     compile: bool = flag("tuning", "let torch.compile make kernels for the blocks; the first step "
                          "takes up to a minute, and CPUs want a C++ compiler", False)
+
+    # Evaluation (§5). These flags may be given with --eval-only, too.
 
     eval_sequences: int = flag("evaluation", "size of a seeded sample of the test split; 0 means "
                                "all of it", 1_000, low=0, metavar="N")
@@ -115,7 +136,7 @@ class Options:
         "evaluation", "a beam's score is its summed log-probability over its number of tokens to "
         "this power: 1, as in CFT, favours long titles, 0 does not (D10)", 1.0, tiny=0.0, low=0,
         metavar="P")
-    ground_with: str = flag("evaluation", "weights that embed texts and titles: tuned, as in CFT, "
+    ground_with: str = flag("evaluation", "weights that embed texts and titles: tuned, as in CFT; "
                             "or base, without the factors, as in BIGRec (D11)", "tuned",
                             choices=["tuned", "base"])
     ground_list: str = flag("evaluation", "merged takes the beams' neighbours in turn, as CFT; "
@@ -124,68 +145,83 @@ class Options:
     exclude_history: bool = flag("evaluation", "leave items of the history out of the lists, "
                                  "§5.1.2 (D13)", True)
 
-    device: str = flag("run", "auto takes cuda, then mps, then cpu", "auto",
-                       choices=["auto", "cpu", "cuda", "mps"])
-    dtype: str = flag("run", "of the frozen weights; factors, logits and losses are float32. auto: "
-                      "bfloat16 on cuda (float16 where the card has no bfloat16), else float32; "
-                      "stored: as in the files", "auto",
+    # The machine. These change the speed, and the results by rounding only.
+
+    device: str = flag("run", "where to compute; auto takes cuda if there is one, else mps, else "
+                       "cpu", "auto", choices=["auto", "cpu", "cuda", "mps"])
+    dtype: str = flag("run", "precision of the frozen weights; factors, logits and losses are "
+                      "always float32. auto is bfloat16 on cuda (float16 where the card has no "
+                      "bfloat16) and float32 elsewhere; stored keeps that of the files", "auto",
                       choices=["auto", "stored", "float32", "bfloat16", "float16"])
 
     def __post_init__(self):
         for f in fields(self):
-            value, low = getattr(self, f.name), f.metadata["low"]
-            if low is not None and not low <= value < math.inf:
+            value, low, choices = getattr(self, f.name), f.metadata["low"], f.metadata["choices"]
+            if low is not None and not low <= value < LARGEST:      # not a number is refused, too
                 raise ValueError(f"{as_flag(f.name)} is {value}; wanted a finite number of at "
-                                 f"least {low}")
+                                 f"least {low}, below 10^18")
+            if choices and value not in (*choices, f.metadata["presets"]["published"]):
+                raise ValueError(f"{as_flag(f.name)} is {value!r}; wanted one of "
+                                 f"{', '.join(choices)}")
         check_preparation(self.data, self.sample, self.chronological)
         if self.index == "time" and self.data == "lastfm" and not self.chronological:
             raise ValueError("--index time wants times, and lastfm as the field uses it has none; "
                              "add --chronological")
         if self.compile and self.recompute:
             raise ValueError("--compile and --recompute: one at a time")
-        if unknown := sorted(set(self.lists) - set(LISTS)) or (not self.lists and ["nothing"]):
-            raise ValueError(f"--lists: {unknown[0]}; wanted some of {', '.join(LISTS)}")
+        if not self.lists or set(self.lists) - set(LISTS):
+            raise ValueError(f"--lists is {','.join(self.lists)!r}; wanted one or more of "
+                             f"{', '.join(LISTS)}, with commas between them")
         LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
 
     @classmethod
     def from_flags(cls, given: dict) -> "Options":
-        """Options from the flags given and the preset that goes with the base and the data.
+        """Options from the flags that were given and the preset of the base and the data.
 
-        Raises ValueError for contradictions.
+        Raises ValueError for a value that is not allowed and for flags that contradict each other.
         """
-        given = dict(given)
-        data, temporal = given.get("data", "synthetic"), given.get("temporal", "rope")
-        for name, goes_with, here in (
-                ("order_strength", "--data synthetic", data == "synthetic"),
-                ("data_dir", "a public data set", data in FORMATS),
-                ("sample", "data that are not synthetic", data != "synthetic"),
-                ("domain", "data that are not synthetic", data != "synthetic"),
-                ("sinpe_scale", "--temporal sinpe", temporal == "sinpe")):
-            if name in given and not here:
-                raise ValueError(f"{as_flag(name)} goes with {goes_with}; drop it, or add that")
-        if temporal == "none":
+        given = split_names(given)
+        if given.get("temporal") == "none":
             if given.get("lambda_ct"):
                 print("--temporal none leaves one world only: λ is 0 in this run (w.o. Both = "
                       "BIGRec)")
             given["lambda_ct"] = 0.0
-        if given.keys() & {"epochs", "max_steps"}:
+        if given.keys() & {"epochs", "max_steps"}:      # whoever says how long means it
             given.setdefault("least_steps", 0)
-        for name, short in (("lora_targets", {"all-linear": ALL_LINEAR}), ("lists", {})):
-            if name in given:
-                given[name] = short.get(given[name]) or tuple(given[name].split(","))
+        data = given.get("data", "synthetic")
         wanted = ["published"] if given.get("model", "tiny") != "tiny" else [
             data, "tiny", "published"]
         presets = {f.name: f.metadata["presets"] for f in fields(cls)}
         values = {name: next(preset[key] for key in wanted if key in preset)
                   for name, preset in presets.items()} | {"sample": SAMPLE.get(data, 1.0)}
-        return cls(**values | given)
+        options = cls(**values | given)
+        options.check_use(given)
+        return options
+
+    def check_use(self, given) -> None:
+        """Raise ValueError for a given flag that would change nothing in this run."""
+        public, drawn = self.data in FORMATS, self.data == "synthetic"
+        for name, goes_with, used in (
+                ("order_strength", "--data synthetic", drawn),
+                ("data_dir", "a public data set", public),
+                ("sample", "data that are not synthetic", not drawn),
+                ("domain", "data that are not synthetic", not drawn),
+                ("sinpe_scale", "--temporal sinpe", self.temporal == "sinpe"),
+                *((name, "--lists beams", "beams" in self.lists) for name in sorted(OF_BEAMS))):
+            if name in given and not used:
+                raise ValueError(f"{as_flag(name)} goes with {goes_with}; here it would change "
+                                 "nothing, so drop it")
 
     @classmethod
     def from_record(cls, record: dict, **changes) -> "Options":
-        """Options as run.json has them, with changes. Raises TypeError for another version's."""
-        kept = {name: tuple(value) if isinstance(value, list) else value
+        """Options as run.json has them, changed by flags that were given now.
+
+        Raises TypeError for the record of another version, which has other fields, and ValueError
+        as from_flags does.
+        """
+        kept = {name: tuple(value) if isinstance(value, list) else value    # JSON has no tuples
                 for name, value in record.items()}
-        return cls(**kept | changes)
+        return cls(**kept | split_names(changes))
 
     def record(self) -> dict:
         """For run.json."""
@@ -197,7 +233,11 @@ class Options:
                         self.exclude_history)
 
     def schedule(self, sequences: int) -> tuple[int, int]:
-        """(steps, of which warm-up) for so many training sequences."""
+        """(all steps, those of warm-up) for so many training sequences.
+
+        Three epochs of a hundred sequences are six steps, which teach nothing. So small data get
+        more epochs, as BIGRec gives its 1,024 samples up to fifty.
+        """
         per_epoch = math.ceil(sequences / self.batch_size)
         epochs = max(self.epochs, math.ceil(self.least_steps / per_epoch))
         steps = min(epochs * per_epoch, self.max_steps or math.inf)
@@ -206,9 +246,10 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """What a call of the command does, apart from what a run depends on."""
+    """Which folders a call of the command works on. Results do not depend on it."""
 
-    out: str = flag("run", "folder for run folders and tiny bases", "runs", metavar="DIR")
+    out: str = flag("run", "where a new run gets its folder, and tiny bases theirs", "runs",
+                   metavar="DIR")
     resume: str | None = flag("run", "go on with the interrupted run in this folder; goes with "
                               "--data-dir, --device, and --model where the base has moved", None,
                               told="a new run", metavar="RUN")
@@ -223,18 +264,29 @@ def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def split_names(given: dict) -> dict:
+    """The flags that take names with commas between them, as tuples; all others as they are."""
+    given = dict(given)
+    for name in given.keys() & {"lora_targets", "lists"}:
+        if isinstance(given[name], str):
+            names = tuple(part.strip() for part in given[name].split(","))
+            given[name] = ALL_LINEAR if names == ("all-linear",) else names
+    return given
+
+
 def add_flags(ap: argparse.ArgumentParser, *kinds, only=None) -> None:
-    """Add a flag for every field of the dataclasses (or of those named); None means not given."""
+    """Give the parser a flag for every field of the dataclasses, or for those that `only` names.
+
+    The parser itself has no defaults: it yields None for a flag that was not given, because what
+    the default is depends on other flags.
+    """
     groups = {}
     for f in [f for kind in kinds for f in fields(kind) if only is None or f.name in only]:
         m = f.metadata
         default = m["told"] or "; ".join(
-            f"{value:g}" if isinstance(value, float) else
-            {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else
-            str(value) for value in [m["presets"]["published"]])
-        default += "".join(f"; {value:g} with the tiny base{'' if key == 'tiny' else f' on {key}'}"
-                           for key, value in m["presets"].items()
-                           if key != "published" and not m["told"])
+            in_words(value) + {"published": "", "tiny": " with the tiny base"}.get(
+                preset, f" with the tiny base on {preset}")
+            for preset, value in m["presets"].items())
         if m["group"] not in groups:
             groups[m["group"]] = ap.add_argument_group(m["group"])
         how = {"help": f"{m['text']} (default: {default})".replace("%", "%%")}
@@ -246,6 +298,21 @@ def add_flags(ap: argparse.ArgumentParser, *kinds, only=None) -> None:
         groups[m["group"]].add_argument(as_flag(f.name), dest=f.name, **how)
 
 
+def in_words(value) -> str:
+    """A default as the help prints it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def parse(ap: argparse.ArgumentParser, argv) -> dict:
-    """The flags that were given."""
-    return {name: value for name, value in vars(ap.parse_args(argv)).items() if value is not None}
+    """The flags that were given, by the names of their fields.
+
+    Ends the program, as the parser does, for a flag that is unknown or has a value of a wrong kind,
+    and for an empty one, which mostly is a variable of the shell that was not set.
+    """
+    given = {name: value for name, value in vars(ap.parse_args(argv)).items() if value is not None}
+    for name, value in given.items():
+        if value == "":
+            ap.error(f"argument {as_flag(name)}: got nothing")
+    return given

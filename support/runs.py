@@ -1,8 +1,11 @@
 """Run folders: whole files, adapters, the journal of a run with its checkpoints, resuming.
 
-A run folder holds run.json (options, versions, counts, results), log.jsonl (a line a step),
-the adapter, evaluation.safetensors (lists by test sequence), catalogue.json, and until the run is
-complete checkpoint.safetensors. Nothing here is the paper.
+A run folder holds run.json (options, versions, counts, and at the end the results), log.jsonl (a
+line for each step), the adapter, evaluation.safetensors (lists by test sequence), catalogue.json,
+and until the run is complete checkpoint.safetensors. What --eval-only finds goes to eval.json and
+eval-evaluation.safetensors beside them. All of it is safetensors or JSON; nothing is unpickled.
+
+Nothing here is the paper. It is what lets a run be repeated, interrupted and looked at afterwards.
 """
 
 import hashlib
@@ -11,6 +14,8 @@ import json
 import math
 import os
 import resource
+import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -28,7 +33,7 @@ from data import Batch, Sequences, make_sequences, split_by_time
 from llama import LlamaConfig
 from lora import load_lora, save_lora
 from support.checkpoints import find_checkpoint
-from support.datasets import FORMATS, TABLE_2, counts, load_interactions, prepare
+from support.datasets import TABLE_2, counts, load_interactions, prepare
 from support.options import EVALUATION, Options, as_flag
 from support.synthetic import SyntheticWorld
 
@@ -37,11 +42,19 @@ from support.synthetic import SyntheticWorld
 
 
 def exit_status(work: Callable[[], None]) -> int:
-    """Of a command: 0; or 2 after one line on what the user did wrong; or 130 when interrupted."""
+    """Do the work of a command and return its exit status.
+
+    That is 0; or 2, after one line that says what the user can mend; or 130 when interrupted. Other
+    exceptions are faults of ours and keep their traceback.
+    """
     try:
         work()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]} Less memory is needed with --micro-batch 1, "
+              "--recompute or --dtype bfloat16", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"interrupted; {str(stop) or 'files already written are whole'}", file=sys.stderr)
@@ -76,7 +89,7 @@ def check_writable(out: Path) -> None:
 
 
 def new_folder(out: Path, name: str) -> Path:
-    """out/name-1, or the next number that is free."""
+    """Make out/name-1, or the next number that is free."""
     number = 1
     while (folder := out / f"{name}-{number}").exists():
         number += 1
@@ -84,10 +97,23 @@ def new_folder(out: Path, name: str) -> Path:
     return folder
 
 
+def next_commands(folder: Path, title: str) -> str:
+    """What can be done with a finished run, as lines to paste into a shell.
+
+    title is one of the catalogue, which may hold characters that a shell would take for its own.
+    """
+    run, title = shlex.quote(str(folder)), shlex.quote(title)
+    return (f"  python -m experiments.report {run}        # its tables and figures on a page\n"
+            f"  python -m experiments.explain {run} 0     # a test sequence in both worlds\n"
+            f"  python -m experiments.recommend {run} {title}     # ten titles")
+
+
 def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Options, Path]:
     """The options of a run, changed by the flags that may differ, and the folder of its base.
 
-    flag names the command for messages. Raises FileNotFoundError or ValueError.
+    What decides the result is taken from the run itself. Only what concerns the machine, the places
+    of files and, unless flag is --resume, the evaluation may differ. The flag names the command in
+    messages. Raises FileNotFoundError or ValueError.
     """
     allowed = {"data_dir", "device", "model"} | (
         set() if flag == "--resume" else EVALUATION | {"dtype"})
@@ -100,34 +126,44 @@ def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Opti
     try:
         saved = json.loads(record.read_text(encoding="utf-8"))
         model, base, ended = saved["options"]["model"], Path(saved["base"]), "rows" in saved
-        given = given | ({"lists": tuple(given["lists"].split(","))} if "lists" in given else {})
         options = Options.from_record(saved["options"], **given | {"model": model})
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{record}: not the record of a run of this version ({error!r})") from None
+    options.check_use(given)
     if flag == "--resume" and ended:
         raise ValueError(f"{folder}: this run is complete; --eval-only evaluates it again")
-    if "data_dir" in given and options.data not in FORMATS:
-        raise ValueError("--data-dir goes with a public data set; this run's data are "
-                         f"{options.data}")
+    if flag != "--resume" and not ended:        # temporal.json is the last file of an adapter
+        if not (folder / "temporal.json").is_file():
+            raise ValueError(f"{folder}: interrupted before its first epoch ended, so it has no "
+                             "adapter yet; --resume goes on with it")
+        print(f"{folder} is not complete; this takes its best epoch so far, and --resume goes on")
+
     base = folder.parent / base if model == "tiny" else base        # it lies beside its runs
     if "model" in given or not base.exists() and model != "tiny":
         base = find_checkpoint(given.get("model", model))
+    if not base.exists():
+        raise FileNotFoundError(f"{base}: not found, but the run was tuned on this base; if it has "
+                                "moved, say where with --model")
     return options, base
 
 
 def check_same(folder: Path, record: dict) -> None:
-    """Raise ValueError if data or base are not what they were when the run in the folder began."""
+    """Raise ValueError if data or base are not what they were when the run in the folder began.
+
+    record is what would be written to run.json now, results apart. Options may differ where
+    read_run allows it; a base may have moved, and its digest is among the settings.
+    """
     saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     here = json.loads(json.dumps(record))
-    for key in saved.keys() - {"options", "base", "versions"}:
-        was, now = saved[key], here.get(key)
+    for key in sorted(saved.keys() & here.keys() - {"options", "base", "versions"}):
+        was, now = saved[key], here[key]
         if was == now:
             continue
         if isinstance(was, dict) and isinstance(now, dict):     # name what differs only
             was, now = ({k: v for k, v in one.items() if v != other.get(k)}
                         for one, other in ((was, now), (now, was)))
-        raise ValueError(f"{folder}: {key} of the run, {was}, is now {now}; the run can go on with "
-                         "the data and the base it began with only")
+        raise ValueError(f"{folder}: {key} of the run, {was}, is now {now}; a run goes on, and is "
+                         "evaluated, with the data and the base it began with only")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -168,7 +204,11 @@ def _counted(found: dict[str, int]) -> str:
 
 
 def choose_device(options: Options) -> tuple[torch.device, torch.dtype | None]:
-    """The device and the precision of the frozen weights; None keeps the stored one."""
+    """The device, and the precision of the frozen weights, where None keeps the stored one.
+
+    auto takes half precision only where it is faster, which is on GPUs. bfloat16 has the range of
+    float32; float16 is for cards that do not have bfloat16.
+    """
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
             "cpu": True}
     kind = options.device
@@ -176,6 +216,10 @@ def choose_device(options: Options) -> tuple[torch.device, torch.dtype | None]:
         kind = next(name for name, available in here.items() if available)
     if not here[kind]:
         raise ValueError(f"--device {kind}: this PyTorch sees no such device; use --device auto")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if options.compile and kind == "cpu" and not shutil.which(compiler):
+        raise ValueError(f"--compile wants a C++ compiler on CPUs, and there is no {compiler}; "
+                         "install it, name another one in the variable CXX, or drop --compile")
     name = options.dtype
     if name == "auto" and kind == "cuda":
         name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
@@ -196,10 +240,11 @@ def rows_that_fit(config: LlamaConfig, batch: Batch, device: torch.device, world
                   recompute: bool = False) -> int:
     """How many rows of a batch to tune on at a time, so that memory stays bounded.
 
-    CPUs: so many that the widest activation of a block has about a million numbers. Its memory is
-    then small enough to be kept for the next one, so this costs no time. GPUs: so many that what
-    the backward pass needs takes a third of the memory. That is some ten widths and four inner
-    widths of each token in each block, and about six times the logits at the targets.
+    On CUDA devices that is so many that what the backward pass keeps takes a third of the memory:
+    some ten widths and four inner widths of each token in each block (of one block, where blocks
+    are recomputed), and about six times the logits at the targets. Elsewhere it is so many that the
+    widest activation of a block has about a million numbers. Memory of that size is kept for the
+    next tensor instead of being given back and asked for anew, so smaller parts cost no time.
     """
     C, inner, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     tokens, A = batch.tokens.shape[1] - batch.prefix, batch.places.shape[1]
@@ -259,7 +304,10 @@ class Journal:
 
     If the folder holds a checkpoint, all goes on from there, to the same factors and the same log
     as without the break. A checkpoint is written at each printed step, after each validation, and
-    every five minutes.
+    every five minutes. The log may be ahead of it, and is cut back to where the checkpoint was.
+
+    A GPU works on steps while the next ones are being prepared. So losses stay on the device until
+    the log is written, once a second, and no step waits for them.
     """
 
     def __init__(self, folder: Path, optimizer: torch.optim.Optimizer, rng: np.random.Generator,
@@ -283,6 +331,9 @@ class Journal:
         return self
 
     def __exit__(self, *error) -> None:
+        if error[0] is None and self.step < 100:
+            self.bar.write(f"only {self.step} steps of tuning; more data, a smaller --batch-size, "
+                           "--epochs or --max-steps would help", file=sys.stdout)
         self.log.close()
         self.bar.close()
 
@@ -291,7 +342,11 @@ class Journal:
         return self.step < self.total and (not self.losses or self.losses[-1] == min(self.losses))
 
     def epoch(self, batches: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
-        """The batches of an epoch less those that were done before a break."""
+        """The batches of an epoch, less those that were done before a break.
+
+        batches draws the whole epoch from the generator whose state is noted here, so after a break
+        it draws the same batches again, and the ones that were done are passed over.
+        """
         self.sampling, done = self.rng.bit_generator.state, self.batch
         asked = time.perf_counter()
         for number, batch in enumerate(itertools.islice(batches(), done, None), start=done + 1):

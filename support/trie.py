@@ -39,7 +39,7 @@ class Trie:
                     raise ValueError(
                         f"this tokenizer merges the prompt's end with the answer "
                         f"{titles[len(answers) - 1]!r}; a trie wants answers that begin at a token "
-                        "of their own. Use --decode beams")
+                        "of their own. Use --lists beams")
         token, parent, path, previous = [-1], [-1], [0], []
         self.leaf = np.zeros(len(titles), dtype=np.int64)                   # (N,) node of each item
         for item in sorted(range(len(titles)), key=answers.__getitem__):

@@ -13,16 +13,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cetrec import TemporalLlama  # noqa: E402
-from data import Tokenizer  # noqa: E402
+from data import Tokenizer, make_sequences, split_by_time  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
+from support.synthetic import SyntheticWorld  # noqa: E402
 from support.tiny import tiny_tokenizer  # noqa: E402
+
+torch.set_num_threads(1)        # the tensors of these tests are so small that threads only wait
 
 TITLES = ["Heat (1995)", "Toy Story (1995)", 'Say "Cheese", Amélie (2001)',
           "Seven 7 Samurai (1954)", "Jumanji (1995)", "Heat", "Alien³ (1992)", "1984 (1984)",
           "Ran", "Up, Up and Away (2000)", "Ocean's 11 (2001)", "Se7en (1995)",
           "(500) Days of Summer (2009)"]
 
-# how Llama 3 splits text before merging; the facts that matter for item spans follow from it
+# This is how Llama 3 splits text before merging. What matters for item spans follows from it.
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
                 r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -36,7 +39,8 @@ def small_config(**changes) -> LlamaConfig:
 
 
 def published_tensors(config: dict) -> dict[str, torch.Tensor]:
-    """Weights of a closed form under published names, less the prefix; shapes written out here."""
+    """Weights of a closed form, under published names without their prefix. The shapes are written
+    out here."""
     V, C, inner = config["vocab_size"], config["hidden_size"], config["intermediate_size"]
     H = config["num_attention_heads"]
     G, D = config.get("num_key_value_heads", H), config.get("head_dim", C // H)
@@ -66,7 +70,7 @@ def seeded():
 @pytest.fixture
 def llama() -> Llama:
     model = Llama(small_config())
-    for p in model.parameters():        # larger than the initial 0.02: differences become visible
+    for p in model.parameters():        # so much larger than at first that differences show
         p.data += 0.2 * torch.randn_like(p)
     return model.eval()
 
@@ -102,6 +106,12 @@ def temporal(tokenizer):
             p.data += 0.1 * torch.randn_like(p)
         return TemporalLlama(model, kind, scale, tokenizer).eval()
     return build
+
+
+@pytest.fixture(scope="session")
+def world_splits():
+    """(train, valid, test) of a synthetic world of 40 items and 120 users."""
+    return split_by_time(make_sequences(SyntheticWorld(items=40).interactions(120)))
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from conftest import published_tensors
 from safetensors.torch import load_file, save_file
 
 from cetrec import main
-from llama import Llama, LlamaConfig, find_checkpoint, load_llama, save_llama
+from llama import Llama, LlamaConfig, load_llama, save_llama
 from lora import add_lora
+from support.checkpoints import find_checkpoint, fingerprint
 
 SIZES = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
          "vocab_size": 67, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -151,25 +152,16 @@ def test_any_storage_and_prefix_loads_to_the_stored_values(tmp_path, dtype, pref
 
 
 def test_the_fingerprint_names_the_values_not_the_files(tmp_path):
-    fingerprint = load_llama(publish(tmp_path, "Llama 3", torch.bfloat16)).fingerprint
-    assert re.fullmatch("[0-9a-f]{16}", fingerprint)
+    one = fingerprint(publish(tmp_path, "Llama 3", torch.bfloat16))
+    assert re.fullmatch("[0-9a-f]{16}", one)
     shard(tmp_path)
-    assert load_llama(tmp_path, dtype=torch.float32).fingerprint == fingerprint
+    assert fingerprint(tmp_path) == one
     publish(tmp_path, "Llama 3", torch.bfloat16, prefix="")
-    assert load_llama(tmp_path).fingerprint == fingerprint
+    assert fingerprint(tmp_path) == one
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["layers.1.mlp.up_proj.weight"][3, 5] += 0.5
     save_file(tensors, tmp_path / "model.safetensors")
-    assert load_llama(tmp_path).fingerprint != fingerprint
-
-
-def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
-    """A tensor of more than one piece, its last piece shorter, arrives whole."""
-    config = SIZES | {"vocab_size": 700_001}
-    monkeypatch.setitem(KINDS, "wide", config | {"tie_word_embeddings": True})
-    publish(tmp_path, "wide")
-    stored = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
-    assert stored.nbytes > 2**26 and torch.equal(load_llama(tmp_path).embed_tokens.weight, stored)
+    assert fingerprint(tmp_path) != one
 
 
 PEAK = """
@@ -185,7 +177,7 @@ print((kilobytes("VmHWM") - before) * 1024 / weights)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts resident pages as Linux does")
-def test_loading_a_gigabyte_takes_at_most_a_seventh_more_memory(tmp_path):
+def test_loading_a_gigabyte_takes_memory_for_it_and_for_its_largest_tensor(tmp_path):
     """Zeros in bfloat16, as a file with a hole; a quarter is one tensor, which is not the first."""
     config = SIZES | {"vocab_size": 64_128, "hidden_size": 2048, "intermediate_size": 8192,
                       "num_hidden_layers": 5, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -202,7 +194,7 @@ def test_loading_a_gigabyte_takes_at_most_a_seventh_more_memory(tmp_path):
         file.truncate(8 + len(text) + end)
     done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True,
                           text=True, cwd=Path(__file__).parent.parent)
-    assert end > 1e9 and 0.9 < float(done.stdout) < 1.15, done
+    assert end > 1e9 and 0.9 < float(done.stdout) < 1.35, done
 
 
 def shard(folder: Path) -> None:
@@ -224,7 +216,7 @@ def test_shards_with_an_index_load_like_one_file(tmp_path):
     shard(tmp_path)
     assert torch.equal(ours(tmp_path, "default")[1], whole)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002.*index.json names it"):
+    with pytest.raises(FileNotFoundError, match="model-00002.*not found.*index.json"):
         load_llama(tmp_path)
 
 
@@ -288,8 +280,9 @@ def test_tensors_that_do_not_fit_are_listed_together_with_their_file(tmp_path):
     with pytest.raises(ValueError) as error:
         load_llama(tmp_path)
     for part in (str(tmp_path), "model.extra.weight in model.safetensors unexpected",
-                 "lm_head.weight in model.safetensors of shape (3, 3), wanted (67, 24)",
-                 "up_proj.weight in model.safetensors stored as I8", "norm.weight missing",
+                 "lm_head.weight in model.safetensors of shape (3, 3) as F32, wanted (67, 24) as",
+                 "up_proj.weight in model.safetensors of shape (40, 24) as I8, wanted (40, 24)",
+                 "norm.weight missing",
                  "embed_tokens.weight in model.safetensors unexpected"):
         assert part in str(error.value), part
     assert "inv_freq" not in str(error.value) and "\n" not in str(error.value)
@@ -337,13 +330,13 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, bad, dtype):
 
 
 @pytest.mark.parametrize("index, message", [
-    ({"weight_map": {"a": "../secret.safetensors"}}, "'../secret.safetensors', which is not a"),
-    ({"weight_map": {"a": "/etc/passwd"}}, "'/etc/passwd', which is not a file of this folder"),
-    ({"weight_map": {"a": "sub/x.safetensors"}}, "which is not a file of this folder"),
-    ({"weight_map": {"a": 7}}, "not a safetensors index|7, which is not a file"),
-    ({"weight_map": [1]}, "not a safetensors index"), ([], "not a safetensors index"),
+    ({"weight_map": {"a": "../secret.safetensors"}}, "not an index of files in this folder"),
+    ({"weight_map": {"a": "/etc/passwd"}}, "not an index of files in this folder"),
+    ({"weight_map": {"a": "sub/x.safetensors"}}, "names other places"),
+    ({"weight_map": {"a": 7}}, "not an index of files in this folder"),
+    ({"weight_map": [1]}, "not an index of files"), ([], "not an index of files"),
     ({"weight_map": {"a": "absent.safetensors"}}, "absent.safetensors: not found"),
-    ({"weight_map": {}}, "not a safetensors index")])
+    ({"weight_map": {}}, "not an index of files in this folder")])
 def test_an_index_that_is_wrong_or_leaves_the_folder_is_refused(tmp_path, index, message):
     publish(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path.parent / "secret.safetensors")
@@ -351,7 +344,7 @@ def test_an_index_that_is_wrong_or_leaves_the_folder_is_refused(tmp_path, index,
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_llama(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
-    with pytest.raises(FileNotFoundError, match="safetensors files only"):
+    with pytest.raises(FileNotFoundError, match="Weights are read from model.safetensors, or from the shards"):
         load_llama(tmp_path)
 
 
@@ -364,7 +357,8 @@ def test_a_saved_folder_loads_back_exactly(tmp_path, kind):
     model = load_llama(publish(tmp_path / "in", kind, torch.bfloat16))
     save_llama(model, tmp_path / "out")
     loaded = load_llama(tmp_path / "out")
-    assert loaded.config == model.config and loaded.fingerprint == model.fingerprint
+    assert loaded.config == model.config and (
+        fingerprint(tmp_path / "in") == fingerprint(tmp_path / "out"))
     assert not list(tmp_path.rglob("*.part"))
     assert torch.equal(loaded.logits(loaded(TOKENS)), model.logits(model(TOKENS)))
     add_lora(model)
@@ -445,8 +439,8 @@ def hub(tmp_path):
         """find_checkpoint and load_llama in a process of its own: the library reads the
         environment when it is imported."""
         return subprocess.run(
-            [sys.executable, "-c", "import sys; from llama import find_checkpoint, load_llama\n"
-             "try: print(load_llama(find_checkpoint(sys.argv[1])).fingerprint)\n"
+            [sys.executable, "-c", "import sys; from support.checkpoints import *\n"
+             "try: print(fingerprint(find_checkpoint(sys.argv[1])))\n"
              "except ValueError as error: print('refused:', error)", name],
             capture_output=True, text=True, cwd=Path(__file__).parent.parent,
             env={"PATH": "", "HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": endpoint,
@@ -463,7 +457,7 @@ def test_a_hub_repository_is_fetched_once_and_only_what_is_needed(hub):
                   "model.onnx"):
         (served / extra).write_text("{}")
     done = run("someone/llama")
-    assert done.stdout.strip() == load_llama(served).fingerprint, done
+    assert done.stdout.strip() == fingerprint(served), done
     assert sorted(fetched) == ["config.json", "model-00001-of-00002.safetensors",
                                "model-00002-of-00002.safetensors", "model.safetensors.index.json",
                                "tokenizer.json"]

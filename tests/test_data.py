@@ -10,8 +10,9 @@ import torch
 from conftest import TITLES
 
 import data
-from data import (IGNORE, NO_ITEM, Interactions, SyntheticWorld, Tokenizer, build_prompt, collate,
+from data import (IGNORE, NO_ITEM, Interactions, Tokenizer, batches, build_prompt, collate,
                   encode_example, make_sequences, show_prompt, split_by_time)
+from support.synthetic import SyntheticWorld
 
 
 def interactions(rows) -> Interactions:
@@ -191,63 +192,6 @@ def test_order_is_as_before_where_no_ages_are_given(tokenizer):
     assert "[k=1.5, tokens" in show_prompt(tokenizer, timed)
 
 
-def test_histogram_by_hand():
-    lines = data.histogram(np.array([1, 1, 1, 1, 2, 3, 1_024])).splitlines()
-    assert [line.split()[:2] for line in lines[:3]] == [["1", "4"], ["2-3", "2"], ["4-7", "0"]]
-    assert lines[0].count("#") == 50 and lines[1].count("#") == 25 and lines[2].count("#") == 0
-    assert lines[10].split()[:2] == ["1,024-2,047", "1"] and len(lines) == 11
-
-
-@pytest.fixture
-def own_folder(tmp_path):
-    """20 users, 30 items; every second user ends with one that nobody had before."""
-    rows = [f"u{u},{26 + u % 4 if t == 10 and u % 2 else (7 * u + 3 * t) % 26},"
-            f"{1e9 + 864 * (20 * t + u)}" for u in range(20) for t in range(11)]
-    (tmp_path / "interactions.csv").write_text("user,item,timestamp\n" + "\n".join(rows) + "\n")
-    (tmp_path / "items.csv").write_text(
-        "item,title\n" + "".join(f"{i},Item {i}\n" for i in range(30)))
-    return tmp_path
-
-
-def test_the_report_shows_what_a_data_set_holds(own_folder, capsys):
-    assert data.main(["--data", str(own_folder), "--index", "time", "--domain", "games"]) == 0
-    text = capsys.readouterr().out
-    for wanted in ("raw | 220 interactions, 20 users, 28 items", "sequences, ", "has no ",
-                   "users by their number of interactions", "             8-15        20 ####",
-                   "answers | train 2001-09-", "ties | ", "test answers never seen in training | ",
-                   "tokens per prompt | median ", "The user has played the following video games",
-                   "[k=0.", "⟨Item"):
-        assert wanted in text, wanted
-    assert data.main(["--data", str(own_folder), "--sample", "0.5"]) == 0
-    assert "step | users drawn to have 0.5 of the interactions: 110 " in capsys.readouterr().out
-    assert data.main(["--data", "synthetic", "--limit-train", "50"]) == 0
-    assert " 50 train" in capsys.readouterr().out
-
-
-def test_the_share_of_unseen_answers_is_that_of_brute_force(own_folder, tokenizer):
-    x = data.load_interactions(str(own_folder))
-    splits = train, _, test = split_by_time(make_sequences(x))
-    seen = {int(i) for n in range(len(train)) for i in [*train.history(n), train.target(n)]}
-    unseen = np.mean([test.target(n) not in seen for n in range(len(test))])
-    assert 0 < unseen < 1
-    assert f"never seen in training | {100 * unseen:.1f} %" in data.describe(x, splits, tokenizer)
-    one = train.select(np.array([0]))                   # an answer of training was seen there
-    assert "seen in training | 0.0 %" in data.describe(x, (one, one, one), tokenizer)
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--data", "netflix"], "unknown data set 'netflix'"),
-    (["--data", "lastfm", "--index", "time"], "add --chronological"),
-    (["--sample", "0.5"], "--sample goes with data that are not synthetic"),
-    (["--domain", "games"], "--domain goes with data that are not synthetic"),
-    (["--data", "steam", "--sample", "0"], "--sample is 0.0"),
-    (["--seed", "-1"], "--seed is -1"), (["--tokenizer", "nowhere"], "tokenizer.json: not found")])
-def test_each_error_of_the_report_is_one_line_and_status_2(capsys, flags, message):
-    assert data.main(flags) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
-
-
 def test_a_title_longer_than_the_context_is_refused_shortly(tokenizer):
     x = interactions([(1, i, i) for i in range(20)])
     titles = [*x.titles[:-1], "very " * 5_000 + "long"]
@@ -256,72 +200,55 @@ def test_a_title_longer_than_the_context_is_refused_shortly(tokenizer):
     assert len(str(error.value)) < 300
 
 
-# ------------------------------------------------------------------ the synthetic world
+# ------------------------------------------------------------------ epochs of batches
 
 
-def brute_force_order_blind(world, history):
-    """p(next | set): every order, weighted by the generator's own probability of producing it."""
-    total, mass = 0.0, 0.0
-    for order in itertools.permutations(history):
-        p = world.popularity[order[0]]
-        for t in range(1, len(order)):
-            p *= world.next_distribution(np.array([order[:t]]))[0, order[t]]
-        total, mass = total + p * world.next_distribution(np.array([order]))[0], mass + p
-    return total / mass
+@pytest.fixture(scope="module")
+def world_data():
+    world = SyntheticWorld(items=40)
+    return split_by_time(make_sequences(world.interactions(120)))
 
 
-def test_next_distribution_by_hand():
-    """Two items in the history at s = 1, decay 1/2: weights 1/3 and 2/3, then masked,
-    renormalised."""
-    world = SyntheticWorld(items=20, strength=1.0)
-    p = world.q[4] / 3 + world.q[9] * 2 / 3
-    p[[4, 9]] = 0
-    np.testing.assert_allclose(world.next_distribution(np.array([[4, 9]]))[0], p / p.sum())
-    np.testing.assert_allclose(world.q.sum(axis=1), 1.0)
+def test_an_epoch_of_batches_holds_every_sequence_once_in_a_seeded_order(tokenizer, world_data):
+    train_set, _, _ = world_data
+
+    def answers(seed, shuffle=False):
+        return [tuple(row[row != IGNORE].tolist()) for b in batches(
+            tokenizer, train_set, 8, np.random.default_rng(seed), shuffle)
+            for row in b.labels]
+    first = answers(0)
+    assert len(first) == len(train_set) and first == answers(0) and first != answers(1)
+    assert sorted(first) == sorted(answers(1)) == sorted(answers(2, shuffle=True))
 
 
-def test_order_blind_estimate_equals_brute_force_over_all_orders():
-    world = SyntheticWorld(items=30, strength=1.0)
-    for history in ([0, 1, 12, 5], [3, 9, 2, 7, 20]):
-        exact = brute_force_order_blind(world, history)
-        estimate = world.order_blind_distribution(np.array([history]), samples=40_000)[0]
-        np.testing.assert_allclose(estimate, exact, atol=2e-3)
-        assert np.abs(exact - world.next_distribution(np.array([history]))[0]).max() > 0.02
+def test_shuffled_histories_keep_their_items(tokenizer, world_data):
+    train_set, _, _ = world_data
+    one = train_set.select(np.arange(20))
+    plain, mixed = (next(iter(batches(tokenizer, one, 20, np.random.default_rng(3), s)))
+                    for s in (False, True))
+    assert not torch.equal(plain.tokens, mixed.tokens)
+    rows = [sorted(b.tokens.sort().values.tolist()) for b in (plain, mixed)]
+    assert rows[0] == rows[1]
 
 
-def test_without_order_strength_order_aware_and_order_blind_coincide():
-    world = SyntheticWorld(items=40, strength=0.0)
-    histories = np.array([[1, 5, 9, 30], [2, 3, 4, 5]])
-    p = world.next_distribution(histories)
-    np.testing.assert_allclose(world.order_blind_distribution(histories, samples=8), p, atol=1e-12)
-    np.testing.assert_allclose(world.next_distribution(histories[:, ::-1]), p)
+def test_batches_carry_the_ages_of_their_sequences(tokenizer):
+    sequences = make_sequences(SyntheticWorld(items=40).interactions(60), index="time")
+    seen = set()
+    for batch in batches(tokenizer, sequences, 16, np.random.default_rng(0)):
+        seen |= {round(float(k), 4) for k in batch.item_pos.unique() if k != NO_ITEM}
+    wanted = {round(float(np.float32(k)), 4) for i in range(len(sequences))
+              for k in sequences.ages(i)}
+    assert seen == wanted and any(k % 1 for k in wanted)
 
 
-def test_drawn_users_follow_the_stated_law():
-    world = SyntheticWorld(items=20, strength=0.7)
-    x = world.interactions(20_000)
-    items = x.items.reshape(-1)
-    starts = np.flatnonzero(np.r_[True, np.diff(x.users) > 0])
-    first = np.bincount(items[starts], minlength=20) / len(starts)
-    np.testing.assert_allclose(first, world.popularity, atol=0.01)
-    pair = (items[starts] == 3)
-    second = np.bincount(items[starts + 1][pair], minlength=20) / pair.sum()
-    np.testing.assert_allclose(second, world.next_distribution(np.array([[3]]))[0], atol=0.04)
-    lengths = np.bincount(x.users)
-    assert lengths.min() == 4 and lengths.max() == 11
-    for u in (0, 17, 4242):         # nothing twice in a history
-        own = items[x.users == u]
-        assert len(set(own.tolist())) == len(own)
-
-
-@pytest.mark.parametrize("arguments, message", [({"strength": 1.5}, "order strength is 1.5"),
-                                                ({"items": 5}, "5 items")])
-def test_impossible_worlds_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        SyntheticWorld(**arguments)
-
-
-# ------------------------------------------------------------------ real data, when at hand
+def test_a_sample_is_seeded_in_order_and_everything_for_0(world_data):
+    train_set, _, _ = world_data
+    drawn = train_set.sample(20, seed=3)
+    places = [train_set.targets.tolist().index(t) for t in drawn.targets]
+    assert places == sorted(places) and len(set(places)) == 20
+    assert (train_set.sample(20, seed=3).targets == drawn.targets).all()
+    assert (train_set.sample(20, seed=4).targets != drawn.targets).any()
+    assert train_set.sample(0, seed=3) is train_set.sample(len(train_set), seed=3) is train_set
 
 
 def test_shared_constants_do_not_collide_with_tokens():

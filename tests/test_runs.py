@@ -1,0 +1,450 @@
+"""Run folders: whole files, going on with the same data, the device, memory, the journal."""
+
+import hashlib
+import json
+import os
+import re
+import resource
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from conftest import small_config
+from data import IGNORE, NO_ITEM, Batch
+from support.options import Options
+from support.runs import (Journal, check_same, check_writable, choose_device, exit_status,
+                          new_folder, next_commands, open_data, peak_memory, read_run,
+                          rows_that_fit, save_arrays, write_json)
+from support.synthetic import SyntheticWorld
+
+# ------------------------------------------------------------ The command and its folders
+
+
+def stops(error: BaseException):
+    """A command that ends in this error."""
+    def work():
+        raise error
+    return work
+
+
+@pytest.mark.parametrize("work, status, told", [
+    (lambda: None, 0, ""), (stops(ValueError("no such beam")), 2, "error: no such beam\n"),
+    (stops(FileNotFoundError("x: not found")), 2, "error: x: not found\n"),
+    (stops(torch.OutOfMemoryError("CUDA out of memory.\nTried much.")), 2,
+     "error: CUDA out of memory. Less memory is needed with --micro-batch 1, --recompute or "
+     "--dtype bfloat16\n"),
+    (stops(KeyboardInterrupt("go on with --resume x")), 130,
+     "interrupted; go on with --resume x\n"),
+    (stops(KeyboardInterrupt()), 130, "interrupted; files already written are whole\n")])
+def test_a_command_ends_with_a_status_and_one_line(work, status, told, capsys):
+    assert exit_status(work) == status
+    assert capsys.readouterr() == ("", told)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("y")])
+def test_a_fault_of_ours_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        exit_status(stops(error))
+
+
+def interrupted(*inputs):
+    """Stands in for os.replace."""
+    raise KeyboardInterrupt
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    text, arrays = tmp_path / "run.json", tmp_path / "lists.safetensors"
+    write_json(text, {"λ": 0.1})
+    every_other = np.arange(12).reshape(3, 4)[:, ::2]       # safetensors wants contiguous ones
+    digest = save_arrays({"items": every_other}, arrays, {"done": "2"})
+    assert json.loads(text.read_text(encoding="utf-8")) == {"λ": 0.1}
+    assert load_file(arrays)["items"].tolist() == [[0, 2], [4, 6], [8, 10]]
+    assert digest == hashlib.sha256(arrays.read_bytes()).hexdigest()
+    before = text.read_bytes(), arrays.read_bytes()
+    monkeypatch.setattr(os, "replace", interrupted)         # the last moment to be interrupted at
+    for write in (lambda: write_json(text, {"λ": 1}),
+                  lambda: save_arrays({"items": np.zeros(2)}, arrays)):
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    with pytest.raises(TypeError):
+        write_json(text, {"not JSON": np.zeros(1)})
+    assert (text.read_bytes(), arrays.read_bytes()) == before
+
+
+def test_a_new_folder_has_the_next_free_number(tmp_path):
+    (tmp_path / "run-2").write_text("in the way")
+    made = [new_folder(tmp_path, "run") for _ in range(3)]
+    assert [folder.name for folder in made] == ["run-1", "run-3", "run-4"]
+    assert all(folder.is_dir() for folder in made)
+
+
+def test_where_nothing_can_be_written_is_known_before_any_work(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="file: cannot write there .* with --out$"):
+        check_writable(tmp_path / "file")
+    with pytest.raises(ValueError, match="cannot write there"):
+        check_writable(tmp_path / "file" / "below")
+
+
+def test_the_next_commands_can_be_pasted_into_a_shell(tmp_path):
+    """Each line is a command and a comment; the title stays one word whatever is in it."""
+    lines = next_commands(Path("my runs/a-1"), 'Say "Cheese", $5 \'Now').splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    assert [w[:4] for w in words] == [["python", "-m", f"experiments.{name}", "my runs/a-1"]
+                                      for name in ("report", "explain", "recommend")]
+    assert words[2][4:] == ['Say "Cheese", $5 \'Now'] and words[1][4:] == ["0"]
+
+
+# ------------------------------------------------------------ Going on with a run
+
+
+def make_run(folder: Path, base: str = "tiny-1", **more) -> Options:
+    """A folder as a run leaves it, as far as it is read."""
+    options = Options.from_flags({"data": "ml-100k", "lr": 0.5} | more.pop("given", {}))
+    folder.mkdir()
+    (folder.parent / base).mkdir(exist_ok=True)
+    write_json(folder / "run.json", {"options": options.record(), "base": base} | more)
+    return options
+
+
+def test_a_run_gives_its_options_and_the_base_beside_it(tmp_path):
+    run = tmp_path / "run"
+    options = make_run(run, rows={})
+    assert read_run(run, {}) == (options, tmp_path / "tiny-1")
+    changed, _ = read_run(run, {"data_dir": "d", "device": "cpu", "dtype": "stored", "beams": 3,
+                                "lists": "exact, beams"})
+    assert changed == replace(options, data_dir="d", device="cpu", dtype="stored", beams=3,
+                              lists=("exact", "beams"))
+    (tmp_path / "moved").mkdir()
+    assert read_run(run, {"model": str(tmp_path / "moved")}) == (options, tmp_path / "moved")
+
+
+def test_a_base_that_is_not_tiny_is_where_the_record_says_or_found_again(tmp_path, monkeypatch):
+    base = tmp_path / "Llama"
+    base.mkdir()
+    options = make_run(tmp_path / "run", str(base), rows={}, given={"model": "meta/Llama"})
+    assert read_run(tmp_path / "run", {}) == (options, base)
+    base.rmdir()                        # the Hub's cache was emptied: it is fetched once more
+    monkeypatch.setattr("support.runs.find_checkpoint", lambda name: {"meta/Llama": tmp_path}[name])
+    assert read_run(tmp_path / "run", {}) == (options, tmp_path)
+
+
+@pytest.mark.parametrize("given, flag, message", [
+    ({"lr": 1.0, "epochs": 2}, "--eval-only", "--eval-only takes data, base and tuning from the "
+     "run; it does not go with --epochs, --lr"),
+    ({"beams": 3}, "--resume", "--resume takes data, base and tuning from the run; it does not go "
+     "with --beams"),
+    ({"dtype": "stored"}, "--resume", "it does not go with --dtype"),
+    ({"out": "x"}, "--eval-only", "it does not go with --out"),
+    ({"lists": "trie"}, "--eval-only", "--lists is 'trie'"),
+    ({"lists": "exact", "beams": 2}, "--eval-only", "--beams goes with --lists beams"),
+    ({"model": "nowhere"}, "--eval-only", "nowhere: not found, but the run was tuned on this base; "
+     "if it has moved, say where with --model"),
+    ({}, "--resume", "run: this run is complete; --eval-only evaluates it again")])
+def test_what_does_not_go_with_a_run_is_refused(tmp_path, given, flag, message):
+    make_run(tmp_path / "run", rows={})
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        read_run(tmp_path / "run", given, flag)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_data_dir_is_refused_where_the_data_of_the_run_are_not_public(tmp_path):
+    make_run(tmp_path / "run", rows={}, given={"data": "mine"})
+    with pytest.raises(ValueError, match="--data-dir goes with a public data set"):
+        read_run(tmp_path / "run", {"data_dir": "x"})
+
+
+@pytest.mark.parametrize("text", [
+    "{", "[]", "3", "\x00", '{"options": 3}', '{"options": {"model": "tiny"}}',
+    '{"options": {"model": "tiny"}, "base": 3}',
+    '{"options": {"model": "tiny", "data": 1}, "base": "b"}'])
+def test_a_damaged_record_is_one_clear_line(tmp_path, text):
+    with pytest.raises(FileNotFoundError, match="run.json: not found; --resume wants the folder"):
+        read_run(tmp_path, {}, "--resume")
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_run(tmp_path, {})
+    assert "run.json: not the record of a run of this version (" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_record_whose_value_cannot_be_says_which(tmp_path):
+    make_run(tmp_path / "run", rows={})
+    saved = json.loads((tmp_path / "run" / "run.json").read_text())
+    saved["options"]["device"] = "gpu"
+    write_json(tmp_path / "run" / "run.json", saved)
+    with pytest.raises(ValueError, match="--device is 'gpu'; wanted one of auto, cpu, cuda, mps"):
+        read_run(tmp_path / "run", {})
+
+
+def test_a_run_that_is_not_complete_is_evaluated_if_it_has_an_adapter(tmp_path, capsys):
+    run = tmp_path / "run"
+    options = make_run(run)
+    assert read_run(run, {}, "--resume") == (options, tmp_path / "tiny-1")
+    with pytest.raises(ValueError, match="interrupted before its first epoch ended, so it has no "
+                                         "adapter yet; --resume goes on with it"):
+        read_run(run, {})
+    (run / "adapter_model.safetensors").write_text("")      # the first of three files is there
+    with pytest.raises(ValueError, match="no adapter yet"):
+        read_run(run, {})
+    (run / "temporal.json").write_text("{}")                # the last one
+    assert capsys.readouterr().out == ""
+    assert read_run(run, {}) == (options, tmp_path / "tiny-1")
+    assert capsys.readouterr().out == (
+        f"{run} is not complete; this takes its best epoch so far, and --resume goes on\n")
+
+
+def test_a_run_goes_on_with_the_same_data_and_base_only(tmp_path):
+    began = {"counts": {"train": 7, "test": 1}, "steps": ("first of each pair: 7 rows",),
+             "checksums": {"u.data": "ab"}, "settings": {"base": "c0ffee", "scale": 1.0},
+             "options": {"device": "cpu"}, "base": "tiny-1", "versions": {"torch": "2"}}
+    write_json(tmp_path / "run.json", began | {"rows": {}, "effect": [0.1, 0.1]})
+    check_same(tmp_path, began)
+    check_same(tmp_path, began | {"options": {"device": "cuda"}, "base": "/moved/tiny-1",
+                                  "versions": {"torch": "3"}})
+    for part, now, message in (
+            ("counts", {"train": 3, "test": 1}, "counts of the run, {'train': 7}, is now "
+             "{'train': 3}"),
+            ("checksums", {"u.data": "cd"}, "checksums of the run, {'u.data': 'ab'}, is now"),
+            ("settings", {"base": "decaf", "scale": 1.0}, "settings of the run, {'base': "
+             "'c0ffee'}, is now {'base': 'decaf'}"),
+            ("steps", (), "steps of the run, ['first of each pair: 7 rows'], is now []")):
+        with pytest.raises(ValueError) as error:
+            check_same(tmp_path, began | {part: now})
+        assert message in str(error.value) and "'scale'" not in str(error.value)
+        assert "with the data and the base it began with only" in str(error.value)
+
+
+# ------------------------------------------------------------ Data, device, memory
+
+
+def test_open_data_prints_and_records_what_there_is(capsys, monkeypatch):
+    draw = SyntheticWorld.interactions
+    monkeypatch.setattr(SyntheticWorld, "interactions", lambda self, seed: draw(self, 150, seed))
+    options = Options.from_flags({"limit_train": 50, "seed": 4, "order_strength": 0.5})
+    (train_set, valid_set, test_set), world, record = open_data(options)
+    text = capsys.readouterr().out
+    x = SyntheticWorld(strength=0.5, seed=4).interactions(seed=4)
+    sequences = int((np.unique(x.users, return_counts=True)[1] - 3).clip(0).sum())
+    a, b = sequences * 8 // 10, sequences * 9 // 10
+    assert world.strength == 0.5 and record["steps"] == () and record["checksums"] == {}
+    assert record["counts"] == {
+        "interactions": len(x.users), "users": 150, "items": 300, "sequences": sequences,
+        "train": 50, "valid": b - a, "test": sequences - b}
+    assert text == (f"data synthetic | {len(x.users):,} interactions, 150 users, 300 items, "
+                    f"{sequences:,} sequences, 50 train, {b - a} valid, {sequences - b} test\n")
+    assert [len(s) for s in (train_set, valid_set, test_set)] == [50, b - a, sequences - b]
+    (whole, _, _), _, _ = open_data(replace(options, limit_train=0))
+    assert len(whole) == a                  # and the 50 are its latest
+    assert (train_set.targets == whole.targets[-50:]).all()
+
+
+def test_open_data_counts_the_steps_and_names_the_papers_counts(tmp_path, capsys):
+    """20 films, 12 users with 9 ratings each: 6 sequences a user. The first rating is repeated."""
+    folder = tmp_path / "ml-1m"
+    folder.mkdir()
+    (folder / "movies.dat").write_text("".join(f"{i}::Film {i} (1999)::x\n" for i in range(1, 21)))
+    rows = [f"{u}::{1 + (3 * u + 7 * t) % 20}::5::{1000 * u + t}\n" for u in range(12)
+            for t in range(9)]
+    (folder / "ratings.dat").write_text("".join(rows) + rows[0])
+    options = Options.from_flags({"data": "movielens", "data_dir": str(tmp_path), "sample": 1.0,
+                                  "index": "time"})
+    splits, world, record = open_data(options)
+    text = capsys.readouterr().out
+    assert world is None and splits[0].index == "time"
+    assert text.startswith("raw | 109 interactions, 12 users, 20 items\nstep | ")
+    assert [line.removeprefix("step | ") for line in text.splitlines() if line.startswith("step")
+            ] == list(record["steps"])
+    assert ("data movielens | 108 interactions, 12 users, 20 items, 72 sequences, 57 train, "
+            "7 valid, 8 test\npaper's Table 2 | 192,483 sequences, 3,952 items, 999,611 "
+            "interactions\n") in text
+    digest = hashlib.sha256((folder / "ratings.dat").read_bytes()).hexdigest()
+    assert record["checksums"]["ratings.dat"] == digest
+
+
+@pytest.mark.parametrize("cuda, half, mps, device, dtype, wanted", [
+    (False, False, False, "auto", "auto", ("cpu", torch.float32)),
+    (False, False, True, "auto", "auto", ("mps", torch.float32)),
+    (True, True, True, "auto", "auto", ("cuda", torch.bfloat16)),
+    (True, False, False, "auto", "auto", ("cuda", torch.float16)),
+    (True, True, False, "cpu", "auto", ("cpu", torch.float32)),
+    (True, True, False, "cuda", "float32", ("cuda", torch.float32)),
+    (False, False, False, "auto", "bfloat16", ("cpu", torch.bfloat16)),
+    (False, False, False, "auto", "stored", ("cpu", None))])
+def test_the_device_and_the_precision(cuda, half, mps, device, dtype, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: half)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    found = choose_device(Options.from_flags({"device": device, "dtype": dtype}))
+    assert found == (torch.device(wanted[0]), wanted[1])
+
+
+def test_a_device_that_is_not_there_and_a_compiler_that_is_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cuda: this PyTorch sees no such device; use"):
+        choose_device(Options.from_flags({"device": "cuda"}))
+    compiling = Options.from_flags({"device": "cpu", "compile": True})
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="--compile wants a C.. compiler on CPUs, and there is no "
+                                         "no-such-compiler"):
+        choose_device(compiling)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert choose_device(compiling)[0].type == "cpu"
+
+
+@pytest.mark.parametrize("platform, device, wanted", [
+    ("linux", "cpu", 2.048), ("darwin", "cpu", 0.002), ("linux", "cuda", 7.5)])
+def test_peak_memory_is_in_gigabytes_everywhere(platform, device, wanted, monkeypatch):
+    """Linux says how many times 1,024 bytes a process took at most, and macOS says bytes."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=2_000_000))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7_500_000_000)
+    assert peak_memory(torch.device(device)) == pytest.approx(wanted)
+
+
+def plain_batch(rows: int, tokens: int, prefix: int, answer: int) -> Batch:
+    """Rows of so many tokens, the last ones supervised, with a common prefix."""
+    shape = rows, tokens
+    labels = torch.full(shape, IGNORE)
+    labels[:, -answer:] = 1
+    return Batch(torch.ones(shape, dtype=torch.long), torch.full(shape, NO_ITEM), labels, prefix)
+
+
+SHAPE_135M = small_config(vocab_size=49_152, hidden_size=576, intermediate_size=1_536,
+                          num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+                          head_dim=64)
+
+
+def test_rows_that_fit_a_cpu_keep_the_widest_activation_near_a_million_numbers():
+    cpu, long = torch.device("cpu"), plain_batch(64, 200, 30, 10)
+    # (two worlds) x (200 - 30 tokens) x (an inner width of 1,536) is 522,240 numbers a row
+    assert rows_that_fit(SHAPE_135M, long, cpu) == 1
+    assert rows_that_fit(SHAPE_135M, long, cpu, worlds=1) == 3
+    assert rows_that_fit(SHAPE_135M, plain_batch(64, 60, 30, 10), cpu) == 10
+    # a row that is larger than that is still worked on
+    assert rows_that_fit(replace(SHAPE_135M, intermediate_size=10**7), long, cpu) == 1
+    # the whole batch, where the shape is tiny
+    assert rows_that_fit(small_config(), plain_batch(64, 40, 10, 5), cpu) >= 64
+
+
+def test_rows_that_fit_a_gpu_take_a_third_of_its_memory(monkeypatch):
+    gpu, long = torch.device("cuda"), plain_batch(64, 200, 30, 10)
+    memory = SimpleNamespace(total_memory=80_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    block = 10 * 576 + 4 * 1_536                                    # numbers a token
+    row = 2 * (170 * 30 * block + 6 * 10 * 49_152)                  # numbers a row
+    assert rows_that_fit(SHAPE_135M, long, gpu) == 80_000_000_000 // 3 // (4 * row) == 52
+    assert rows_that_fit(SHAPE_135M, long, gpu, worlds=1) == 104
+    # recomputed blocks keep what goes in, and one of them is open
+    row = 2 * (170 * (30 * 576 + block) + 6 * 10 * 49_152)
+    assert rows_that_fit(SHAPE_135M, long, gpu, recompute=True) == 80_000_000_000 // 3 // (4 * row)
+    assert rows_that_fit(SHAPE_135M, long, gpu, recompute=True) > 4 * 52
+    memory.total_memory = 1_000_000
+    assert rows_that_fit(SHAPE_135M, long, gpu) == 1
+
+
+# ------------------------------------------------------------ The journal
+
+
+def journal(folder: Path, total: int, lambda_ct: float = 0.1) -> Journal:
+    """A journal of one factor, whose optimizer has made a step."""
+    factor = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([factor])
+    factor.grad = torch.ones(2)
+    optimizer.step()
+    return Journal(folder, optimizer, np.random.default_rng(0), total, lambda_ct)
+
+
+def tune(book: Journal, batches: int, losses, save=lambda: None, one=(3.0, 2.0, 10.0)) -> list:
+    """The loop as train has it: epochs of so many batches, validated with the given losses."""
+    seen, losses = [], iter(losses)
+    with book:
+        while book.goes_on():
+            for batch in book.epoch(lambda: iter(range(batches))):
+                seen.append(batch)
+                book.note(1e-3, [x if x is None else torch.tensor(x) for x in one])
+            book.validated(next(losses), save)
+    return seen
+
+
+def printed_steps(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"^step +(\d+)/", text, flags=re.MULTILINE)]
+
+
+def test_an_epoch_stops_at_the_last_step_and_the_log_has_a_line_for_each(tmp_path, capsys):
+    book, saved = journal(tmp_path, total=10), []
+    seen = tune(book, 4, [0.9, 0.8, 0.7], lambda: saved.append(book.step))
+    assert seen == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1] and saved == [4, 8, 10]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 10]
+    assert lines[4] == {"step": 4, "validation_ta": 0.9}
+    assert {key: lines[0][key] for key in ("loss", "loss_ta", "loss_ct", "lr")} == {
+        "loss": 3.0, "loss_ta": 2.0, "loss_ct": 10.0, "lr": 1e-3} and lines[0]["ms"] >= 0
+    record = book.record()
+    assert record["steps"] == 10 and record["validation_ta"] == [0.9, 0.8, 0.7]
+    assert record["seconds"] > 0 and 0 <= record["share_waiting_for_data"] <= 1
+    text = capsys.readouterr().out
+    assert re.search(r"^step     2/10 \| loss 3.000 = ta 2.000 \+ 0.1 x ct 10.000 \| lr 1.0e-03 "
+                     r"\| \d+ ms \| \d+\.\d GB \| \d+\.\d min left$", text, flags=re.MULTILINE)
+    assert "epoch 3 | validation ta 0.7000 | best so far, adapter saved\n" in text
+
+
+@pytest.mark.parametrize("total, wanted", [
+    (150, [1, 30, 60, 90, 120, 150]), (3, [1, 2, 3]), (1, [1]),
+    (104, [1, 20, 40, 60, 80, 100, 104])])
+def test_a_line_is_printed_for_the_first_step_every_fifth_of_all_and_the_last(tmp_path, capsys,
+                                                                              total, wanted):
+    tune(journal(tmp_path, total), 1_000, [1.0])
+    assert printed_steps(capsys.readouterr().out) == wanted
+
+
+def test_with_lambda_0_there_is_one_loss(tmp_path, capsys):
+    tune(journal(tmp_path, 2, lambda_ct=0), 2, [1.0], one=(2.0, 2.0, None))
+    assert "step     2/2 | loss 2.000 = ta 2.000 | lr" in capsys.readouterr().out
+    assert '"loss_ct": null' in (tmp_path / "log.jsonl").read_text()
+
+
+def test_tuning_stops_after_an_epoch_that_is_no_better_and_the_best_comes_back(tmp_path, capsys):
+    book, saved = journal(tmp_path, total=1_000), []
+
+    def save():
+        saved.append(book.factors[0].tolist()[0])
+    with book:
+        for loss, value in ((0.9, 1.0), (0.8, 2.0), (0.85, 3.0)):
+            assert book.goes_on()
+            for _ in book.epoch(lambda: iter(range(40))):
+                book.note(1e-3, (1.0, 1.0, None))
+            book.factors[0].data.fill_(value)
+            book.validated(loss, save)
+        assert not book.goes_on()
+        book.restore_best()
+    assert saved == [1.0, 2.0] and book.factors[0].tolist() == [2.0, 2.0]
+    text = capsys.readouterr().out
+    assert text.count("best so far, adapter saved") == 2
+    assert "epoch 3 | validation ta 0.8500 | no better than before, so tuning stops\n" in text
+
+
+def test_few_steps_are_commented_at_the_end_unless_the_run_was_interrupted(tmp_path, capsys):
+    for steps in (99, 100):
+        tune(journal(tmp_path, steps), steps, [1.0])
+        (tmp_path / "checkpoint.safetensors").unlink()
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert (last == "only 99 steps of tuning; more data, a smaller --batch-size, --epochs or "
+                        "--max-steps would help") == (steps == 99)
+    with pytest.raises(KeyboardInterrupt), journal(tmp_path, 5):
+        raise KeyboardInterrupt
+    assert "only" not in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_tuning_with_advice(tmp_path):
+    with pytest.raises(ValueError, match="loss is nan at step 1; try a smaller --lr or --lambda"):
+        tune(journal(tmp_path, 4), 4, [1.0], one=(float("nan"), 1.0, None))

@@ -1,0 +1,104 @@
+"""support/synthetic.py: the law by hand, the oracle against brute force."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from data import make_sequences
+from evaluate import METRICS
+from support.synthetic import SyntheticWorld, oracle_rows
+
+
+def brute_force_order_blind(world, history):
+    """p(next | set): every order, weighted by the generator's own probability of producing it."""
+    total, mass = 0.0, 0.0
+    for order in itertools.permutations(history):
+        p = world.popularity[order[0]]
+        for t in range(1, len(order)):
+            p *= world.next_distribution(np.array([order[:t]]))[0, order[t]]
+        total, mass = total + p * world.next_distribution(np.array([order]))[0], mass + p
+    return total / mass
+
+
+def test_next_distribution_by_hand():
+    """Two items in the history at s = 1, decay 1/2: weights 1/3 and 2/3, then masked,
+    renormalised."""
+    world = SyntheticWorld(items=20, strength=1.0)
+    p = world.q[4] / 3 + world.q[9] * 2 / 3
+    p[[4, 9]] = 0
+    np.testing.assert_allclose(world.next_distribution(np.array([[4, 9]]))[0], p / p.sum())
+    np.testing.assert_allclose(world.q.sum(axis=1), 1.0)
+
+
+def test_order_blind_estimate_equals_brute_force_over_all_orders():
+    world = SyntheticWorld(items=30, strength=1.0)
+    for history in ([0, 1, 12, 5], [3, 9, 2, 7, 20]):
+        exact = brute_force_order_blind(world, history)
+        estimate = world.order_blind_distribution(np.array([history]), samples=40_000)[0]
+        np.testing.assert_allclose(estimate, exact, atol=2e-3)
+        assert np.abs(exact - world.next_distribution(np.array([history]))[0]).max() > 0.02
+
+
+def test_without_order_strength_order_aware_and_order_blind_coincide():
+    world = SyntheticWorld(items=40, strength=0.0)
+    histories = np.array([[1, 5, 9, 30], [2, 3, 4, 5]])
+    p = world.next_distribution(histories)
+    np.testing.assert_allclose(world.order_blind_distribution(histories, samples=8), p, atol=1e-12)
+    np.testing.assert_allclose(world.next_distribution(histories[:, ::-1]), p)
+
+
+def test_drawn_users_follow_the_stated_law():
+    world = SyntheticWorld(items=20, strength=0.7)
+    x = world.interactions(20_000)
+    items = x.items.reshape(-1)
+    starts = np.flatnonzero(np.r_[True, np.diff(x.users) > 0])
+    first = np.bincount(items[starts], minlength=20) / len(starts)
+    np.testing.assert_allclose(first, world.popularity, atol=0.01)
+    pair = (items[starts] == 3)
+    second = np.bincount(items[starts + 1][pair], minlength=20) / pair.sum()
+    np.testing.assert_allclose(second, world.next_distribution(np.array([[3]]))[0], atol=0.04)
+    lengths = np.bincount(x.users)
+    assert lengths.min() == 4 and lengths.max() == 11
+    for u in (0, 17, 4242):         # nothing twice in a history
+        own = items[x.users == u]
+        assert len(set(own.tolist())) == len(own)
+
+
+@pytest.mark.parametrize("arguments, message", [({"strength": 1.5}, "order strength is 1.5"),
+                                                ({"items": 5}, "5 items")])
+def test_impossible_worlds_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SyntheticWorld(**arguments)
+
+
+def test_the_law_of_histories_of_unequal_length_is_that_of_each():
+    world, histories = SyntheticWorld(items=30), [[0, 1, 2], [5, 9], [3, 4, 7], [8, 2, 1, 0]]
+    for history, p in zip(histories, world.law(histories)):
+        np.testing.assert_allclose(p, world.next_distribution(np.array([history]))[0])
+
+
+def test_the_best_order_aware_list_is_worth_the_mass_of_its_items():
+    world, histories = SyntheticWorld(items=40), [[0, 1, 12]]
+    law = world.law(histories)
+    best = np.sort(law[0])[::-1][:10]
+    row = oracle_rows(world, histories, law, samples=8)["best, order-aware"]
+    assert row["HR@5"][0] == pytest.approx(best[:5].sum())
+    assert row["NDCG@10"][0] == pytest.approx(sum(
+        p / math.log2(rank + 2) for rank, p in enumerate(best)))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.0])
+def test_the_oracle_bounds_are_ordered_and_meet_at_strength_0(strength):
+    world = SyntheticWorld(items=60, strength=strength)
+    sequences = make_sequences(world.interactions(60))
+    histories = [sequences.history(i) for i in range(len(sequences))]
+    rows = oracle_rows(world, histories, world.law(histories), samples=64)
+    for name in METRICS:
+        aware, blind, misled = (rows[f"best, {kind}"][name][0] for kind in (
+            "order-aware", "order-blind", "order-aware | reversed"))
+        if strength:
+            assert aware > blind + 0.01 and aware > misled + 0.05
+        else:
+            assert aware == pytest.approx(blind, abs=1e-9) == pytest.approx(misled, abs=1e-9)
