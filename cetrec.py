@@ -93,7 +93,7 @@ class TemporalLlama(nn.Module):
     "rope"            the token embedding is turned by R_k at the input, where Eq. 6 adds p_k
     "rope-attention"  queries and keys at token position t are turned by R_(t+k), as Eq. 5 has it
     "sinpe"           scale · p_k of Eq. 3 is added to the token embedding (D8)
-    "none"            nothing is done: this is the plain Llama, and the method is BIGRec
+    "none"            nothing is done: the plain Llama, and BIGRec among the baselines of §5.1.3
     """
 
     def __init__(self, llama: Llama, kind: str = "rope", scale: float = 1.0,

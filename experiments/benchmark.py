@@ -33,17 +33,18 @@ import torch
 import torch.nn.functional as F
 
 import cetrec
-import llama
-import lora
-from cetrec import (TINY_BASES, TemporalLlama, backward, batches, erase_order,
-                    keep_freed_memory, learning_rate, optimizer_step, peak_memory, rotary,
-                    tiny_base, world_logits)
-from data import (GENRES, IGNORE, NO_ITEM, Batch, Example, SyntheticWorld, Tokenizer, collate,
-                  make_sequences, split_by_time, tiny_tokenizer)
-from datasets import load_interactions, prepare
-from evaluate import Recommender, Trie, beam_search, catalogue_log_likelihood, nearest
-from llama import Llama, LlamaConfig, load_llama, save_llama
-from lora import ALL_LINEAR, add_lora, lora_parameters
+from cetrec import (TemporalLlama, erase_order, learning_rate, rotary, tiny_base, tuning_step,
+                    world_logits)
+from data import (IGNORE, NO_ITEM, Batch, Example, Tokenizer, batches, collate, make_sequences,
+                  split_by_time)
+from evaluate import GroundedBeams, beam_search, nearest
+from llama import Block, KVCache, Llama, LlamaConfig, load_llama, save_llama
+from lora import ALL_LINEAR, LoraLinear, add_lora, lora_parameters
+from support.datasets import load_interactions, prepare
+from support.runs import exit_status, open_data, peak_memory, read_run, rows_that_fit, write_json
+from support.synthetic import GENRES, SyntheticWorld
+from support.tiny import TINY_BASES, tiny_tokenizer, tokenizer_for
+from support.trie import Trie, catalogue_log_likelihood
 
 SHAPES = {      # width, layers, heads, key/value heads, inner width, vocabulary, tied
     "tiny": (128, 4, 4, 4, 384, 4_096, True),
@@ -96,16 +97,14 @@ def random_llama(config: LlamaConfig, device: str, dtype: torch.dtype) -> Llama:
 
 def ours_tuning(config, batch_size, device, dtype, without="", lambda_ct=0.1, items=10,
                 drawn=1, rows=0, compile_blocks=False) -> Callable:
-    """One tuning step of ours, or more if more are drawn; without: the idea left out; rows: worked
-    on at a time. -> loss before the last step
+    """One tuning step of ours, or more if more are drawn. without: the idea that is left out; rows:
+    worked on at a time, 0 as the command chooses. Returns the loss before the last step.
     """
-    if without != "freed memory kept":
-        keep_freed_memory()
     leave_out(without)
     model = TemporalLlama(random_llama(config, device, dtype), "rope").train()
     add_lora(model)
     if compile_blocks:
-        model.llama.compile_blocks()
+        model.llama.run_block = torch.compile(Block.__call__, dynamic=True)
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-4)
     made = examples(config, drawn * batch_size, items)
     if without != "rows of similar length together":
@@ -114,36 +113,26 @@ def ours_tuning(config, batch_size, device, dtype, without="", lambda_ct=0.1, it
 
     def step() -> float:
         for batch in chunks:
-            loss = backward(model, batch, lambda_ct, rows or batch_size)[0]
-            optimizer_step(optimizer, 1e-4)
+            fit = batch_size if without in ("few rows at a time", "all of them") else (
+                rows or rows_that_fit(config, batch, torch.device(device)))
+            loss = tuning_step(model, batch, optimizer, 1e-4, lambda_ct, fit)[0]
         return loss.item()
     return step
 
 
 IDEAS = ("logits at targets only", "last block at targets only", "common prefix once",
-         "both worlds in one pass", "fused attention", "fused rotation", "fused SwiGLU",
-         "fused norm", "LoRA added in place", "sparse dropout", "freed memory kept",
+         "both worlds in one pass", "LoRA added in place", "few rows at a time",
          "rows of similar length together")
 
 
 def leave_out(idea: str) -> None:
-    """Put the clear path back in the place of one idea, or of all of them, in this process."""
+    """Put the straightforward path in the place of one idea, or of all, in this process."""
     everything = idea == "all of them"
-    if everything or idea == "fused attention":
-        llama.attend_fused = llama.attend_explicit
-    if everything or idea == "fused rotation":
-        llama.rotate_fused = lambda x, cos, sin: llama.rotate(x, cos, sin)
-    if everything or idea == "fused SwiGLU":
-        llama.swiglu_fused = llama.swiglu
-    if everything or idea == "fused norm":
-        llama.rms_norm_fused = llama.rms_norm
-    if everything or idea == "sparse dropout":
-        lora.dropout = F.dropout
     if everything or idea == "LoRA added in place":
         def apart(m, x):
             low = F.linear(F.dropout(x, m.config.dropout, m.training), m.A.to(x.dtype))
-            return F.linear(x, m.weight) + m.scale * F.linear(low, m.B.to(x.dtype))
-        lora.LoraLinear.forward = apart
+            return F.linear(x, m.weight) + m.config.scale * F.linear(low, m.B.to(x.dtype))
+        LoraLinear.forward = apart
     fast = world_logits
 
     def slow(model, batch: Batch, *worlds):
@@ -157,7 +146,7 @@ def leave_out(idea: str) -> None:
             return tuple(logits for part in passes for logits in fast(model, batch, *part))
         done = []
         for part in passes:         # hidden states everywhere, behind a prefix or not
-            cache = llama.KVCache()
+            cache = KVCache()
             if batch.prefix:
                 model(batch.tokens[:1, :batch.prefix], part[0][:1, :batch.prefix], cache=cache)
             cache.read_only = True
@@ -220,7 +209,6 @@ def published(config, device, dtype):
 
 def ours_generation(config, prompts, new, device, dtype) -> Callable:
     """Five beams for every prompt. -> sequences"""
-    keep_freed_memory()
     model = TemporalLlama(random_llama(config, device, dtype), "none").eval()
     made = [prompt(e) for e in examples(config, prompts)]
 
@@ -267,7 +255,6 @@ def all_titles(titles: int, users: int, apart: bool) -> Callable:
     """log p of every title for some users, on the tiny shape: by one trie, or each title apart in
     rows of prompt and title, 32 at a time. -> (users, titles)
     """
-    keep_freed_memory()
     names = made_up_titles(titles)
     tokenizer = tiny_tokenizer(names, np.ones(titles, dtype=int), "movies", 4_096)
     config = shape("tiny", tokenizer.bpe.get_vocab_size())
@@ -295,7 +282,6 @@ def all_titles(titles: int, users: int, apart: bool) -> Callable:
 
 def grounding(titles: int) -> Callable:
     """500 texts against a table of titles, width 128. -> nothing"""
-    keep_freed_memory()
     torch.manual_seed(0)
     table, texts = torch.randn(titles, 128), torch.randn(500, 128)
 
@@ -439,8 +425,7 @@ def steam(lines: int) -> str:
 def tokenisation() -> str:
     """Prompts and answers to padded batches of 64, tiny tokenizer, the synthetic world."""
     train_set, _, _ = split_by_time(make_sequences(SyntheticWorld().interactions()))
-    counts = np.bincount(train_set.items[train_set.targets], minlength=len(train_set.titles))
-    tokenizer = tiny_tokenizer(train_set.titles, counts, train_set.domain, 768)
+    tokenizer = tokenizer_for(train_set, 768)
     started = time.perf_counter()
     done = sum(len(batch.tokens) for _ in range(4) for batch in
                batches(tokenizer, train_set, 64, np.random.default_rng(0)))
@@ -462,8 +447,7 @@ def waiting(steps: int) -> str:
         asked = time.perf_counter()
         batch = next(source)
         waited += time.perf_counter() - asked
-        backward(model, batch, 0.1)
-        optimizer_step(optimizer, learning_rate(step, steps, 1e-3, 10))
+        tuning_step(model, batch, optimizer, learning_rate(step, steps, 1e-3, 10), 0.1, 64)
     total = time.perf_counter() - started
     return (f"{100 * waited / total:.1f} % of {steps} steps of the default run, "
             f"{1000 * total / steps:.0f} ms each")
@@ -507,6 +491,8 @@ def tuning(options) -> dict:
               f"{made.prefix} in common, {len(made.targets)} targets, {dtype} weights, LoRA r = 8 "
               "on q_proj and v_proj")
         contenders = {"ours": (ours_tuning, common | {"dtype": dtype}),
+                      "ours, all rows at a time": (ours_tuning, common | {"dtype": dtype,
+                                                                          "rows": B}),
                       "ours, one world (λ = 0)": (ours_tuning, common | {
                           "dtype": dtype, "lambda_ct": 0}),
                       "limit": (matrix_product, {"device": options.device, "dtype": dtype})}
@@ -518,8 +504,6 @@ def tuning(options) -> dict:
                 contenders["ours" + what] = ours_tuning, common | {"dtype": stored}
             contenders[f"ours{what}, compiled"] = ours_tuning, common | {
                 "dtype": stored, "compile_blocks": True}
-        if B > 8:
-            contenders["ours, 8 rows at a time"] = ours_tuning, common | {"dtype": dtype, "rows": 8}
         if have("transformers", "peft"):
             contenders["transformers + peft"] = (theirs_tuning, common | {"dtype": dtype})
         times = race(contenders, options.rounds)
@@ -650,16 +634,14 @@ def evaluation(options) -> dict:
     if not options.run:
         print("evaluation\n  not measured: name a finished run with --run")
         return {}
-    keep_freed_memory()
     given = {} if options.data_dir == "data" else {"data_dir": options.data_dir}
-    chosen, base = cetrec.read_run(Path(options.run), given, "--run")
+    chosen, base = read_run(Path(options.run), given, "--run")
     with contextlib.redirect_stdout(None):
-        interactions, _ = cetrec.load_data(chosen)
-        (_, _, test_set), _ = cetrec.make_splits(interactions, chosen)
+        (_, _, test_set), _, _ = open_data(chosen)
         model = cetrec.open_model(chosen, base, Path(options.run))
-    test_set = cetrec.sample(test_set, 1_000, chosen.seed)
+    test_set = test_set.sample(1_000, chosen.seed)
     started = time.perf_counter()
-    recommend = Recommender(model, test_set.titles, test_set.domain, chosen.decoding())
+    recommend = GroundedBeams(model, test_set.titles, test_set.domain, chosen.decoding())
     recommend([test_set.history(i) for i in range(len(test_set))],
               [test_set.ages(i) for i in range(len(test_set))] if chosen.index == "time" else None)
     seconds = time.perf_counter() - started
@@ -758,11 +740,11 @@ def main(argv: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for name in options.sections:
             found[name] = SECTIONS[name](options)
-            cetrec.write_json(folder / "benchmark.json", found)
+            write_json(folder / "benchmark.json", found)
         if have("matplotlib"):
             draw(found, folder)
         print(f"written {folder}/benchmark.json")
-    return cetrec.exit_status(work)
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -102,11 +102,11 @@ def read_object(path: Path) -> dict:
 def read_record(path: Path) -> dict:
     """What run.json or eval.json holds. Raises KeyError for what a report cannot do without."""
     record = read_object(path)
-    wanted = (record, ("protocol", "arrays")) if "rows" in record else (record, ())
-    for values, names in (wanted, (record["options"], ("lists", "temporal", "lambda_ct", "index",
-                                                       "sinpe_scale"))):
-        for name in names:
-            values[name]
+    missing = {"lists", "temporal", "lambda_ct", "index", "sinpe_scale"} - record["options"].keys()
+    if "rows" in record:
+        missing |= {"protocol", "arrays"} - record.keys()
+    if missing:
+        raise KeyError(min(missing))
     return record
 
 

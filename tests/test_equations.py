@@ -47,7 +47,7 @@ def test_table1_the_prompt_asks_and_the_quoted_title_answers(tokenizer):
     assert example.labels == [IGNORE] * (len(example.tokens) - len(answer)) + answer
 
 
-def test_eq01_by_hand():
+def test_eq01_by_hand_the_mean_of_minus_log_p():
     """p(y_1) = 1/2 and p(y_2) = 1/8: the mean of -ln p is (1 + 3) / 2 · ln 2."""
     logits = torch.tensor([[1 / 2, 1 / 4, 1 / 8, 1 / 8]] * 2).log() + torch.tensor([[5.0], [-7.0]])
     close(temporal_aware_loss(logits, torch.tensor([0, 2])), torch.tensor(2 * LN2))
@@ -65,7 +65,7 @@ def test_eq01_the_loss_is_the_answers_log_likelihood_token_by_token(temporal, to
     assert answer > 2 and loss.item() == pytest.approx(-log_p / answer, abs=1e-4)
 
 
-def test_eq02_by_hand():
+def test_eq02_by_hand_the_frozen_map_and_its_factors():
     """W = 1, A = (1 1; 1 -1), B = (2 0; 0 1), α/R = 6/2: y = x + 3 · (2 (x1 + x2), x1 - x2)."""
     model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 2, bias=False)})
     model["q_proj"].weight.data = torch.eye(2)
@@ -88,7 +88,7 @@ def test_eq02_tuning_moves_the_factors_and_nothing_else(temporal, batch):
 # ------------------------------------------------------------ §4.2 Temporal embeddings
 
 
-def test_eq03_by_hand():
+def test_eq03_by_hand_sines_and_cosines():
     p = sinusoidal(torch.tensor([0, 2]), 4, base=100.0)
     close(p, torch.tensor([[0.0, 1.0, 0.0, 1.0],
                            [math.sin(2), math.cos(2), math.sin(0.2), math.cos(0.2)]]))
@@ -134,7 +134,7 @@ def test_eq04_keeps_lengths_adds_up_and_is_nothing_at_0():
     assert torch.equal(rotary(x, 0 * pos), x)
 
 
-def test_eq05_by_hand():
+def test_eq05_by_hand_a_score_turns_with_the_distance():
     """<R_m (1, 0), R_n (0, 1)> = sin(m - n)."""
     q, k, m, n = torch.tensor([1.0, 0]), torch.tensor([0.0, 1]), torch.tensor(5), torch.tensor(3)
     close(rotary(q, m) @ rotary(k, n), torch.tensor(math.sin(2)))
@@ -228,7 +228,7 @@ def test_eq07_adding_a_vector_to_both_worlds_leaves_the_effect_alone():
     assert temporal_aware_loss(F_LOGITS + shift, Y) - temporal_aware_loss(F_LOGITS, Y) > 0.1
 
 
-def test_eq08_by_hand():
+def test_eq08_by_hand_the_loss_of_the_difference_of_logits():
     """f - c is (1, 0, 0) and (0, -1, 0): ln((e + 2) / e) = .5514 and ln(2e + 1) = 1.8620."""
     close(counterfactual_loss(F_LOGITS, CF_LOGITS, Y), torch.tensor(
         (math.log((math.e + 2) / math.e) + math.log(2 * math.e + 1)) / 2))
@@ -275,7 +275,7 @@ def test_eq08_for_a_given_factual_world_the_best_erased_world_is_f_minus_log_p()
     close(loss_ct(log_p, uniform), temporal_aware_loss(log_p.expand(8, 4), y))
 
 
-def test_eq09_by_hand():
+def test_eq09_by_hand_the_loss_of_the_factual_logits():
     """ln((e² + 2) / e²) = .2395 and ln((e + 2) / e) = .5514, and the gradient softmax(f) - y."""
     f = F_LOGITS.clone().requires_grad_()
     loss = temporal_aware_loss(f, Y)

@@ -1,7 +1,7 @@
-"""experiments/: --recommend and --explain, runs compared, figures that show what they are given.
+"""experiments/: explain, recommend, report, and figures that show what they are given.
 
-`python tests/test_experiments.py` writes explanation.txt anew: what --explain prints of a fixed
-model. The tests after the golden one prove its numbers.
+`python tests/test_experiments.py` writes explanation.txt anew: what is explained of a fixed model.
+The tests after the golden one prove its numbers.
 """
 
 import base64
@@ -24,15 +24,19 @@ import torch
 from conftest import TITLES
 
 import cetrec
-import evaluate
-from cetrec import TemporalLlama, cetrec_loss, erase_order, load_adapter, main, twin_forward
-from data import (IGNORE, NO_ITEM, SyntheticWorld, Tokenizer, collate, encode_example,
-                  encode_examples, make_sequences, split_by_time)
-from evaluate import METRICS, Decoding, Lists, Recommender, format_result
-from experiments import figures
-from experiments.look import explanation, resolve_titles, side_by_side
-from experiments.report import Run, compare, paired_bootstrap, read_runs, write_report
+from cetrec import TemporalLlama, cetrec_loss, erase_order, twin_forward
+from data import (IGNORE, NO_ITEM, Tokenizer, collate, encode_example, encode_examples,
+                  make_sequences, split_by_time)
+from evaluate import METRICS, Lists, format_table
+from experiments import explain, figures, recommend, report
+from experiments.explain import explanation
+from experiments.report import Run, agreement, compare, describe, paired_bootstrap, read_runs
+from experiments.titles import resolve_titles, side_by_side
 from llama import load_llama
+from support.checkpoints import fingerprint
+from support.runs import load_adapter
+from support.synthetic import SyntheticWorld
+from support.trie import ExactTitles
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).with_name("explanation.txt")
@@ -40,35 +44,40 @@ QUICK = ["--limit-train", "200", "--eval-sequences", "40", "--beams", "2", "--ba
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors here are so small that a second thread costs time."""
-    threads = torch.get_num_threads()
+def small_and_quick():
+    """A world of few users, so that data are at hand at once; and tensors so small that a second
+    thread would cost time."""
+    threads, draw = torch.get_num_threads(), SyntheticWorld.interactions
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SyntheticWorld, "interactions",
+                      lambda world, users=1_000, seed=0: draw(world, users, seed))
+        yield
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, one_thread) -> Path:
-    """A folder with a tiny base and four runs; its adapter has learned just enough for the worlds
-    to differ.
+def runs(tmp_path_factory, small_and_quick) -> Path:
+    """A folder with a tiny base and four runs. Three wild steps make the worlds differ.
 
-    synthetic-rope-1 drew its figures if it could. "more" and "few" are its adapter, tested on 200
-    and on 3 sequences instead of 40; "sets" is a run in a world where order means nothing.
+    "more" and "few" are the adapter of synthetic-rope-1, evaluated again on 60 and on 3 sequences
+    instead of 40, "more" with every title scored; "sets" is a run in a world where order means
+    nothing.
     """
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(cetrec.TINY_BASES, "synthetic", replace(
             cetrec.TINY_BASES["synthetic"], vocab_size=1_000, hidden_size=32, intermediate_size=64,
             max_sequences=1_024, batch_size=32, epochs=20, lr=3e-2, warmup=10))
-        assert main([*QUICK, "--max-steps", "3", "--lr", "0.03", "--warmup", "0", "--out",
-                     str(root)]) == 0
-        patch.setattr(figures, "figures_available", lambda: False)
-        for name, sequences in (("more", "200"), ("few", "3")):
+        assert cetrec.main([*QUICK, "--max-steps", "3", "--lr", "0.3", "--warmup", "0", "--out",
+                            str(root)]) == 0
+        for name, sequences, lists in (("more", "60", "exact,beams"), ("few", "3", "beams")):
             shutil.copytree(root / "synthetic-rope-1", root / name)
-            assert main(["--eval-only", str(root / name), "--eval-sequences", sequences]) == 0
-        assert main([*QUICK, "--order-strength", "0", "--model", str(next(root.glob("tiny-*"))),
-                     "--max-steps", "1", "--lora-rank", "2", "--out", str(root)]) == 0
+            assert cetrec.main(["--eval-only", str(root / name), "--eval-sequences", sequences,
+                                "--lists", lists]) == 0
+        assert cetrec.main([*QUICK, "--order-strength", "0", "--model",
+                            str(next(root.glob("tiny-*"))), "--max-steps", "1", "--lora-rank", "2",
+                            "--lists", "beams", "--out", str(root)]) == 0
     (root / "synthetic-rope-2").rename(root / "sets")
     return root
 
@@ -94,16 +103,23 @@ def adapter(runs, run_folder) -> Path:
 
 
 @pytest.fixture(scope="module")
-def test_set():
-    """Of the runs."""
+def whole_test_set(small_and_quick):
+    """The test split of the runs."""
     return split_by_time(make_sequences(SyntheticWorld().interactions()))[2]
+
+
+@pytest.fixture(scope="module")
+def test_set(whole_test_set):
+    """The test sequences that synthetic-rope-1 was evaluated on."""
+    return whole_test_set.sample(40, 0)
 
 
 @pytest.fixture(scope="module")
 def open_base(base):
     """() -> the base; (adapter folder) -> the tuned model."""
     def build(folder: Path | None = None) -> TemporalLlama:
-        model = TemporalLlama(load_llama(base), "rope", tokenizer=Tokenizer.from_folder(base))
+        model = TemporalLlama(load_llama(base), "rope", tokenizer=Tokenizer.from_folder(base),
+                              base=fingerprint(base))
         if folder:
             load_adapter(model, folder)
         return model.eval()
@@ -135,9 +151,11 @@ def log_p_by_hand(logits: torch.Tensor, targets: list[int]) -> np.ndarray:
 
 
 @torch.no_grad()
-def title_p_by_hand(model, history: list[str], titles: list[str], erased: bool) -> dict[str, float]:
+def title_p_by_hand(model, history: list[str], titles: list[str], erased: bool,
+                    domain: str = "movies", ages=None) -> dict[str, float]:
     """Probability of every title after the history, each scored as prompt and answer."""
-    batch = collate(encode_examples(model.tokenizer, [history] * len(titles), titles))
+    batch = collate(encode_examples(model.tokenizer, [history] * len(titles), titles, domain,
+                                    [ages] * len(titles)))
     k = batch.item_pos
     log_p = model.logits(model(batch.tokens, torch.where(k > 0, 0, k) if erased else k)
                          ).log_softmax(-1)
@@ -175,7 +193,7 @@ def printed_tokens(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ----------------------------------------------------------------------------------------------
-# --explain on a fixed model
+# The explanation of a fixed model
 
 LAMBDA, ANSWER = 0.5, "Alien³ (1992)"
 HISTORY = ["1984 (1984)", 'Say "Cheese", Amélie (2001)', "Heat", "Ran"]
@@ -196,7 +214,7 @@ def test_the_explanation_of_a_fixed_model_is_the_golden_one(fixed, tokenizer):
     """Numbers may differ in the third decimal, where another CPU rounds otherwise."""
     model, _, _, _, text = fixed
     history = [TITLES.index(title) for title in HISTORY]
-    recommender = Recommender(model, TITLES, "movies", Decoding("exact"))
+    recommender = ExactTitles(model, TITLES, "movies")
     lists = recommender([history]), recommender([history], [np.zeros(len(history))])
     one = encode_example(tokenizer, ["Ran"], "Heat", ages=[0.0])
     dated = encode_example(tokenizer, ["Ran", "Heat"], "Seven 7 Samurai (1954)",
@@ -276,15 +294,15 @@ def test_side_by_side_marks_the_answer_cuts_long_titles_and_leaves_gaps():
 
 
 # ----------------------------------------------------------------------------------------------
-# --explain and --recommend from the command line
+# explain and recommend as commands
 
 
 def test_explain_shows_prompt_tokens_losses_and_five_titles_of_one_test_sequence(
         run_folder, open_base, test_set, capsys):
-    assert main(["--explain", str(run_folder), "7"]) == 0
+    assert explain.main([str(run_folder), "7"]) == 0
     text, model = capsys.readouterr().out, open_base(run_folder)
     history, answer = test_set.words(test_set.history(7)), test_set.titles[test_set.target(7)]
-    assert f"test sequence 7 of {len(test_set)}\n" in text
+    assert "test sequence 7 of the 40 of the evaluation\n" in text
     for k, title in enumerate(reversed(history)):
         assert f"⟨{title}⟩[k={k}, tokens " in text
     assert f'### Response:\n"{answer}"<|end_of_text|>\n' in text
@@ -305,17 +323,56 @@ def test_explain_shows_prompt_tokens_losses_and_five_titles_of_one_test_sequence
     assert_best_titles(text, model, history, test_set.titles, 5)
 
 
-def test_explain_without_a_number_takes_the_first_sequence(run_folder, test_set, capsys):
-    assert main(["--explain", str(run_folder), "--decode", "trie"]) == 0
+def test_sequences_are_counted_as_in_the_report_and_are_more_by_a_flag(run_folder, test_set,
+                                                                       whole_test_set, capsys):
+    """Without a number the first one is explained."""
+    run = Run.from_folder(run_folder)
+    for flags, sequences in (([], test_set), (["--eval-sequences", "0"], whole_test_set)):
+        assert explain.main([str(run_folder), *flags]) == 0
+        text = capsys.readouterr().out
+        assert f"test sequence 0 of the {len(sequences)} of the evaluation\n" in text
+        assert f"⟨{sequences.words(sequences.history(0))[-1]}⟩[k=0, " in text
+        assert f"* the answer: {sequences.titles[sequences.target(0)]}\n" in text
+    assert run.titles[run.arrays["target"][0]] == test_set.titles[test_set.target(0)]
+
+
+def test_a_run_by_the_clock_is_explained_with_its_ages(tmp_path, base, capsys):
+    mine, days = tmp_path / "mine", [t * t // 3 for t in range(9)]          # alike for all users
+    mine.mkdir()
+    titles = [f"Song {i}" for i in range(20)]
+    (mine / "items.csv").write_text("item,title\n" + "".join(
+        f"{i},{title}\n" for i, title in enumerate(titles)))
+    (mine / "interactions.csv").write_text("user,item,timestamp\n" + "".join(
+        f"u{u},{(3 * u + 7 * t) % 20},2020-01-{1 + day:02}\n"
+        for u in range(12) for t, day in enumerate(days)))
+    assert cetrec.main(["--data", str(mine), "--domain", "artists", "--index", "time", "--model",
+                        str(base), "--lora-rank", "2", "--max-steps", "1", "--lists", "beams",
+                        "--beams", "1", "--out", str(tmp_path)]) == 0
+    folder = tmp_path / "mine-rope-1"
+    capsys.readouterr()
+    assert explain.main([str(folder), "3"]) == 0
     text = capsys.readouterr().out
-    assert "test sequence 0 of 892" in text
-    assert f"⟨{test_set.words(test_set.history(0))[-1]}⟩[k=0, " in text
+    history = re.findall(r"⟨(Song \d+)⟩", text)
+    ages = [math.log2(1 + days[len(history)] - day) for day in days[:len(history)]]
+    shown = [float(k) for k in re.findall(r"\[k=([\d.]+), tokens", text)]
+    assert len(history) >= 3 and shown == pytest.approx(ages, rel=5e-3)
+    model = TemporalLlama(load_llama(base), "rope", tokenizer=Tokenizer.from_folder(base),
+                          index="time", base=fingerprint(base))
+    load_adapter(model, folder)
+    p = title_p_by_hand(model.eval(), history, titles, False, "artists", ages)
+    best = sorted((title for title in titles if title not in history), key=lambda t: -p[t])
+    assert list(printed_lists(text)[0]) == best[:5]
+    assert recommend.main([str(folder), "Song 3"]) == 2
+    assert "its index is time, and titles without dates have none" in error_line(capsys)
+
+
+CANYON = "Dusty Canyon"
 
 
 def test_recommend_gives_the_ten_best_titles_of_both_worlds(run_folder, open_base, test_set,
                                                              capsys):
-    history = ["Silent Orbit", "Dusty Canyon 2", "Dusty Canyon"]
-    assert main(["--recommend", str(run_folder), *history[:2], "dusty canyn"]) == 0
+    history = ["Silent Orbit", "Dusty Canyon 2", CANYON]
+    assert recommend.main([str(run_folder), *history[:2], "dusty canyn"]) == 0
     text = capsys.readouterr().out
     assert "'dusty canyn' taken for Dusty Canyon\n" in text and text.count("taken for") == 1
     assert ("history, oldest first: Silent Orbit [k=2], Dusty Canyon 2 [k=1], Dusty Canyon [k=0]\n"
@@ -326,18 +383,28 @@ def test_recommend_gives_the_ten_best_titles_of_both_worlds(run_folder, open_bas
     assert factual != erased
 
 
+def test_titles_may_stand_between_and_behind_flags(run_folder, capsys):
+    assert recommend.main([str(run_folder), "--device", "cpu", CANYON, "--no-exclude-history",
+                           "Silent Orbit"]) == 0
+    text = capsys.readouterr().out
+    assert "history, oldest first: Dusty Canyon [k=1], Silent Orbit [k=0]\n" in text
+    assert recommend.main(["--no-exclude-history", "--device=cpu", str(run_folder), CANYON,
+                           "Silent Orbit"]) == 0
+    assert ROW.findall(capsys.readouterr().out) == ROW.findall(text)
+
+
 def test_an_adapter_without_its_run_recommends_as_the_run_does(run_folder, adapter, base, capsys):
-    titles = ["Silent Orbit", "Dusty Canyon"]
-    assert main(["--recommend", str(run_folder), *titles]) == 0
-    assert main(["--recommend", str(adapter), *titles, "--model", str(base), "--data",
-                 "synthetic"]) == 0
+    titles = ["Silent Orbit", CANYON]
+    assert recommend.main([str(run_folder), *titles]) == 0
+    assert recommend.main([str(adapter), *titles, "--model", str(base), "--data",
+                           "synthetic"]) == 0
     rows = ROW.findall(capsys.readouterr().out)
     assert len(rows) == 20 and rows[:10] == rows[10:]
 
 
 def test_a_base_recommends_untuned(base, open_base, test_set, capsys):
     titles = ["Silent Orbit", "Dusty Canyon 3"]
-    assert main(["--recommend", str(base), *titles, "--data", "synthetic"]) == 0
+    assert recommend.main([str(base), *titles, "--data", "synthetic"]) == 0
     text = capsys.readouterr().out
     assert len(ROW.findall(text)) == 10
     assert_best_titles(text, open_base(), titles, test_set.titles, 10)
@@ -345,59 +412,59 @@ def test_a_base_recommends_untuned(base, open_base, test_set, capsys):
 
 def test_the_history_is_left_out_unless_it_shall_be_kept(run_folder, open_base, test_set, capsys):
     model, titles = open_base(run_folder), test_set.titles
-    p = title_p_by_hand(model, ["Dusty Canyon"], titles, False)
+    p = title_p_by_hand(model, [CANYON], titles, False)
     best = max(p, key=p.get)                # so likely that it is also among the ten after itself
-    assert main(["--recommend", str(run_folder), best]) == 0
+    assert recommend.main([str(run_folder), best]) == 0
     assert not any(best in printed for printed in printed_lists(capsys.readouterr().out))
-    assert main(["--recommend", str(run_folder), best, "--no-exclude-history"]) == 0
+    assert recommend.main([str(run_folder), best, "--no-exclude-history"]) == 0
     assert all(best in printed for printed in printed_lists(capsys.readouterr().out))
 
 
-CANYON = "Dusty Canyon"
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--explain", "RUN", "892"], "test sequence '892'; wanted a number from 0 to 891"),
-    (["--explain", "RUN", "-1"], "test sequence '-1'; wanted a number from 0 to 891"),
-    (["--explain", "RUN", "seven"], "test sequence 'seven'; wanted a number"),
-    (["--explain", "RUN", "1.0"], "test sequence '1.0'; wanted a number"),
-    (["--explain", "RUN", "7", "8"], "--explain takes RUN and N; got 1 more"),
-    (["--explain", "BASE", "7"], "run.json: not found; --explain wants the folder of a run"),
-    (["--explain", "ADAPTER"], "run.json: not found; --explain wants the folder of a run"),
-    (["--explain", "RUN", "--lr", "1"], "does not go with --lr"),
-    (["--explain", "RUN", "--decode", "beams"], "use exact or trie"),
-    (["--explain", "RUN", "--beams", "3"], "--beams goes with --decode beams or trie"),
-    (["--explain", "RUN", "--recommend", "RUN"], "--recommend and --explain: one at a time"),
-    (["--recommend", "RUN"], "0 titles; wanted 1 to 10, the newest last"),
-    (["--recommend", "RUN", *[CANYON] * 11], "11 titles; wanted 1 to 10"),
-    (["--recommend", "RUN", "Dusty"], "'Dusty': which one? Dusty Canyon; Dusty Canyon 2; "),
-    (["--recommend", "RUN", CANYON, "xyzzy"], "'xyzzy': no title like it among the 300"),
-    (["--recommend", "RUN", CANYON, "--lr", "1"], "does not go with --lr"),
-    (["--recommend", "RUN", CANYON, "--data", "synthetic"], "does not go with --data"),
-    (["--recommend", "RUN", CANYON, "--decode", "beams"], "use exact or trie"),
-    (["--recommend", "RUN", CANYON, "--decode", "trie", "--beams", "3"], "3 beams on the trie"),
-    (["--recommend", "BASE", CANYON], "not a run, so name the catalogue with --data"),
-    (["--recommend", "BASE", CANYON, "--data", "synthetic", "--model", "BASE"],
+@pytest.mark.parametrize("command, arguments, message", [
+    (explain, ["RUN", "40"], "test sequence 40; wanted a number from 0 to 39; --eval-sequences 0"),
+    (explain, ["RUN", "-1"], "test sequence -1; wanted a number from 0 to 39"),
+    (explain, ["BASE", "7"], "run.json: not found; experiments.explain wants the folder of a run"),
+    (explain, ["ADAPTER"], "run.json: not found; experiments.explain wants the folder of a run"),
+    (recommend, ["RUN", *[CANYON] * 11], "11 titles; wanted 1 to 10, the newest last"),
+    (recommend, ["RUN", "Dusty"], "'Dusty': which one? Dusty Canyon; Dusty Canyon 2; "),
+    (recommend, ["RUN", CANYON, "xyzzy"], "'xyzzy': no title like it among the 300"),
+    (recommend, ["RUN", CANYON, "--data", "synthetic"],
+     "experiments.recommend takes data, base and tuning from the run; it does not go with --data"),
+    (recommend, ["BASE", CANYON], "not a run, so name the catalogue with --data"),
+    (recommend, ["BASE", CANYON, "--data", "synthetic", "--model", "BASE"],
      "neither a run nor an adapter, so --model does not go with it"),
-    (["--recommend", "BASE", CANYON, "--data", "synthetic", "--epochs", "2"],
-     "--recommend tunes nothing; it does not go with --epochs"),
-    (["--recommend", "BASE", CANYON, "--data", "synthetic", "--decode", "beams"],
-     "use exact or trie"),
-    (["--recommend", "BASE", CANYON, "--data", "synthetic", "--index", "time"],
-     "its index is time, and titles without dates have none"),
-    (["--recommend", "nowhere", CANYON, "--data", "synthetic"], "nowhere/config.json: not found"),
-    (["--recommend", "ADAPTER", CANYON], "not a run, so name the catalogue with --data"),
-    (["--recommend", "ADAPTER", CANYON, "--data", "synthetic"],
+    (recommend, ["nowhere", CANYON, "--data", "synthetic"], "nowhere/config.json: not found"),
+    (recommend, ["nowhere", CANYON], "wanted a run (run.json), an adapter (adapter_config.json), "),
+    (recommend, ["ADAPTER", CANYON], "not a run, so name the catalogue with --data"),
+    (recommend, ["ADAPTER", CANYON, "--data", "synthetic"],
      "an adapter, so name its base with --model"),
-    (["--recommend", "ADAPTER", CANYON, "--data", "synthetic", "--model", "BASE", "--temporal",
-      "sinpe"], "the adapter was tuned with base"),
+    (recommend, ["ADAPTER", CANYON, "--data", "synthetic", "--model", "tiny"],
+     "an adapter, so name its base with --model"),
+    (recommend, ["ADAPTER", CANYON, "--data", "synthetic", "--model", "BASE", "--temporal",
+                 "sinpe"], "the adapter was tuned with temporal rope"),
 ])
 def test_each_contradiction_is_one_line_and_status_2(runs, run_folder, base, adapter, capsys,
-                                                     arguments, message, monkeypatch):
+                                                     command, arguments, message, monkeypatch):
     monkeypatch.chdir(runs)
     places = {"RUN": str(run_folder), "BASE": str(base), "ADAPTER": str(adapter)}
-    assert main([places.get(argument, argument) for argument in arguments]) == 2
+    assert command.main([places.get(argument, argument) for argument in arguments]) == 2
     assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize("command, arguments, message", [
+    (explain, [], "arguments are required: RUN"), (explain, ["x", "seven"], "invalid int value"),
+    (explain, ["x", "7", "8"], "unrecognized arguments: 8"),
+    (explain, ["x", "--lr", "1"], "unrecognized arguments: --lr"),
+    (recommend, [], "arguments are required: WHERE, TITLE"),
+    (recommend, ["x", "--device", "cpu"], "arguments are required: TITLE"),
+    (recommend, ["x", "Heat", "--epochs", "2"], "unrecognized arguments: --epochs"),
+    (report, [], "arguments are required: RUN"),
+])
+def test_a_wrong_command_line_is_told_with_the_right_one(capsys, command, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(arguments)
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: python -m experiments.") and message in error
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -414,31 +481,31 @@ def test_a_damaged_run_is_named_by_the_file(run_folder, base, tmp_path, capsys, 
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)
-    assert main(["--recommend", str(folder), CANYON]) == 2
+    assert recommend.main([str(folder), CANYON]) == 2
     assert message in error_line(capsys)
 
 
 @pytest.mark.parametrize("content, message", [
     (None, "temporal.json: not found"), ("{}", "temporal.json: not the settings of an adapter"),
-    ("[1]", "temporal.json: not the settings of an adapter")])
+    ("[1]", "temporal.json: not the settings of an adapter"),
+    ('{"temporal": "rope", "index": "time"}', "its index is time, and titles without dates")])
 def test_an_adapter_says_how_it_was_tuned(adapter, base, tmp_path, capsys, content, message):
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     (folder / "temporal.json").unlink()
     if content:
         (folder / "temporal.json").write_text(content)
-    assert main(["--recommend", str(folder), CANYON, "--model", str(base), "--data",
-                 "synthetic"]) == 2
+    assert recommend.main([str(folder), CANYON, "--model", str(base), "--data",
+                           "synthetic"]) == 2
     assert message in error_line(capsys)
 
 
-@pytest.mark.parametrize("arguments", [["--explain", "3"], ["--recommend", CANYON]])
-def test_an_interrupt_while_looking_is_status_130_without_a_traceback(run_folder, capsys, arguments,
-                                                                      monkeypatch):
+@pytest.mark.parametrize("command, argument", [(explain, "3"), (recommend, CANYON)])
+def test_an_interrupt_while_looking_is_status_130_without_a_traceback(run_folder, capsys, command,
+                                                                      argument, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
-    monkeypatch.setattr("experiments.look.Recommender", interrupted)
-    flag, argument = arguments
-    assert main([flag, str(run_folder), argument]) == 130
+    monkeypatch.setattr(command, "ExactTitles", interrupted)
+    assert command.main([str(run_folder), argument]) == 130
     assert capsys.readouterr().err == "interrupted; files already written are whole\n"
 
 
@@ -506,8 +573,13 @@ def test_eight_of_many_candidates_are_listed():
 # Differences of runs
 
 
+def worth(ranks) -> np.ndarray:
+    """What lists with the answer at these ranks are worth by each metric.  (n,) -> (n, 4)"""
+    return np.stack([metric(ranks) for metric in METRICS.values()], axis=1)
+
+
 def test_paired_differences_by_hand():
-    found = paired_bootstrap(np.array([0, 7, 20]), np.array([4, 3, 9]))
+    found = paired_bootstrap(worth([0, 7, 20]), worth([4, 3, 9]))
     gains = {"HR@5": 1 / 3, "HR@10": 1 / 3,
              "NDCG@5": (1 / math.log2(6) + 1 / math.log2(5) - 1) / 3,
              "NDCG@10": (1 / math.log2(6) + 1 / math.log2(5) + 1 / math.log2(11)
@@ -523,7 +595,8 @@ def test_intervals_are_those_of_paired_differences():
     rng = np.random.default_rng(5)
     one = rng.integers(0, 15, 600)
     other = np.where(rng.random(600) < 0.1, rng.integers(0, 15, 600), one)
-    for name, (difference, low, high) in paired_bootstrap(one, other).items():
+    found = paired_bootstrap(worth(one), worth(other), 1_000)
+    for name, (difference, low, high) in found.items():
         metric = METRICS[name]
         gains = metric(other) - metric(one)
         half = 1.96 * gains.std(ddof=1) / math.sqrt(600)
@@ -535,58 +608,86 @@ def test_intervals_are_those_of_paired_differences():
 
 def test_equal_runs_differ_by_nothing_and_the_bootstrap_is_seeded():
     rng = np.random.default_rng(6)
-    one, other = rng.integers(0, 15, (2, 100))
-    assert set(paired_bootstrap(one, one).values()) == {(0.0, 0.0, 0.0)}
-    assert paired_bootstrap(one, other) == paired_bootstrap(one, other)
-    again = paired_bootstrap(one, other, seed=1)
-    assert again != paired_bootstrap(one, other)
-    assert [v[0] for v in again.values()] == [v[0] for v in paired_bootstrap(one, other).values()]
+    one, other = (worth(ranks) for ranks in rng.integers(0, 15, (2, 100)))
+    assert set(paired_bootstrap(one, one, 200).values()) == {(0.0, 0.0, 0.0)}
+    assert paired_bootstrap(one, other, 200) == paired_bootstrap(one, other, 200)
+    again = paired_bootstrap(one, other, 200, seed=1)
+    assert again != paired_bootstrap(one, other, 200)
+    assert [v[0] for v in again.values()] == [
+        v[0] for v in paired_bootstrap(one, other, 200).values()]
 
 
-def test_a_run_is_read_with_its_latest_evaluation(runs, run_folder):
+def test_a_run_is_read_with_its_latest_evaluation(runs, run_folder, tmp_path):
     run, more = Run.from_folder(run_folder), Run.from_folder(str(runs / "more"))
-    assert (run.name, more.name) == ("synthetic-rope-1", "more")
-    assert (run.result["n"], more.result["n"]) == (40, 200)
-    assert run.result == json.loads((run_folder / "run.json").read_text())["metrics"]
-    assert more.result == json.loads((runs / "more" / "eval.json").read_text())["metrics"]
+    assert (run.name, run.source) == ("synthetic-rope-1", "run.json")
+    assert (more.name, more.source) == ("more", "eval.json")
+    for one, length in ((run, 40), (more, 60)):
+        folder = runs / one.name
+        assert one.record == json.loads((folder / one.source).read_text())
+        assert {len(one.arrays[name]) for name in ("target", "history", "sequence")} == {length}
+        for name in one.kinds.values():
+            for order, row in (("original", name), ("reversed", f"{name} | reversed"),
+                               ("shuffled", f"{name} | shuffled")):
+                means = [one.record["rows"][row][metric][0] for metric in METRICS]
+                assert one.arrays[f"values/{name}/{order}"].mean(axis=0) == pytest.approx(means)
     assert len(run.titles) == 300 and run.options["lambda_ct"] == 0.1
     assert [line["step"] for line in run.log] == [1, 2, 3, 3] and run.log == more.log
-    assert len(run.arrays["history"]) == 40 and more.arrays["target"].shape == (200,)
-    for order in ("original", "reversed", "shuffled"):
-        row = run.result["rows"][f"{order} order"]
-        for name, metric in METRICS.items():
-            assert metric(run.arrays[f"ranks/{order}"]).mean() == pytest.approx(row[name][0])
+    folder = shutil.copytree(runs / "more", tmp_path / "more")
+    late = (folder / "eval.json").stat().st_mtime + 1
+    os.utime(folder / "run.json", (late, late))         # as if it had been evaluated half-tuned
+    assert Run.from_folder(folder).record == run.record
 
 
-@pytest.mark.parametrize("name, content, kind", [
-    ("run.json", None, FileNotFoundError), ("catalogue.json", None, FileNotFoundError),
-    ("evaluation.safetensors", None, FileNotFoundError), ("eval.json", b"{", ValueError),
-    ("run.json", b"", ValueError), ("run.json", b"[]", ValueError),
-    ("run.json", b'{"options": {}}', ValueError), ("run.json", b"\xff\xfe", ValueError),
-    ("catalogue.json", b'"titles"', ValueError), ("catalogue.json", b"{}", ValueError),
-    ("log.jsonl", b'{"step": 1}\n{"st', ValueError),
-    ("evaluation.safetensors", b"not\nthis", ValueError),
-    ("evaluation.safetensors", "half", ValueError),
+def test_kinds_of_lists_are_named_by_the_flag_whatever_their_rows_are_called(runs, run_folder):
+    run, more = Run.from_folder(run_folder), Run.from_folder(runs / "more")
+    assert list(run.kinds) == ["beams", "titles"] and list(more.kinds) == ["exact", "beams"]
+    wide = [run.arrays[f"valid/{run.kinds[kind]}/original"].shape[1] for kind in run.kinds]
+    assert wide == [2, 0]                               # only free text may fail to be a title
+    assert more.arrays[f"valid/{more.kinds['exact']}/original"].shape[1] == 0
+    assert run.kinds["beams"] == more.kinds["beams"]
+
+
+ANEW = "python cetrec.py --eval-only"
+
+
+@pytest.mark.parametrize("name, content, kind, advice", [
+    ("run.json", None, FileNotFoundError, "wanted the folder of a run"),
+    ("catalogue.json", None, FileNotFoundError, ANEW),
+    ("evaluation.safetensors", None, FileNotFoundError, ANEW),
+    ("eval.json", b"{", ValueError, ANEW),
+    ("eval.json", b'{"rows": {}, "options": {}}', ValueError, ANEW),
+    ("run.json", b"", ValueError, "damaged"), ("run.json", b"[]", ValueError, "damaged"),
+    ("run.json", b'{"options": {}}', ValueError, "damaged"),
+    ("run.json", b"\xff\xfe", ValueError, "damaged"),
+    ("run.json", "no rows", ValueError, "not complete; python cetrec.py --resume"),
+    ("catalogue.json", b'"titles"', ValueError, ANEW), ("catalogue.json", b"{}", ValueError, ANEW),
+    ("log.jsonl", b'{"step": 1}\n{"st', ValueError, "a report without curves"),
+    ("log.jsonl", b"3\n", ValueError, "a report without curves"),
+    ("evaluation.safetensors", b"not\nthis", ValueError, ANEW),
+    ("evaluation.safetensors", "half", ValueError, ANEW),
 ])
 def test_a_missing_or_damaged_file_of_a_run_is_named_in_one_line(run_folder, tmp_path, capsys, name,
-                                                                 content, kind):
+                                                                 content, kind, advice):
     folder = shutil.copytree(run_folder, tmp_path / "run")
     whole = (folder / name).read_bytes() if (folder / name).exists() else b""
     (folder / name).unlink(missing_ok=True)
+    if content == "no rows":
+        record = json.loads(whole)
+        del record["rows"]
+        content = json.dumps(record).encode()
     if content is not None:
         (folder / name).write_bytes(whole[:len(whole) // 2] if content == "half" else content)
     with pytest.raises(kind) as error:
         Run.from_folder(folder)
     assert str(error.value).startswith(f"{folder / name}: ") and "\n" not in str(error.value)
-    lost = name == "log.jsonl" or name == "run.json" and content in (b"", b"[]", b"\xff\xfe")
-    assert ("tune again" if lost else "--eval-only") in str(error.value)
-    assert evaluate.main([str(folder)]) == 2
+    assert advice in str(error.value)
+    assert report.main([str(folder)]) == 2
     assert f"{folder / name}: " in error_line(capsys)
 
 
 def test_arrays_of_another_evaluation_are_refused(runs, run_folder, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / "run")
-    shutil.copy(runs / "more" / "evaluation.safetensors", folder)
+    shutil.copy(runs / "more" / "eval-evaluation.safetensors", folder / "evaluation.safetensors")
     with pytest.raises(ValueError, match="evaluation.safetensors: .*not of the same evaluation"):
         Run.from_folder(folder)
 
@@ -601,45 +702,173 @@ def test_only_common_sequences_are_paired(runs, run_folder):
     run, more = Run.from_folder(run_folder), Run.from_folder(runs / "more")
     common = sorted(set(run.arrays["sequence"].tolist()) & set(more.arrays["sequence"].tolist()))
     assert 0 < len(common) < 40
-    rank = {r.name: dict(zip(r.arrays["sequence"].tolist(), ranks)) for r, ranks in (
-        (run, np.arange(40) * 5 % 12), (more, np.arange(200) % 4))}
-    run, more = (replace(r, arrays=r.arrays | {"ranks/original": np.array(list(
-        rank[r.name].values()))}) for r in (run, more))
+    ranks = {"synthetic-rope-1": np.arange(40) * 5 % 12, "more": np.arange(60) % 4}
+    place = {r.name: r.arrays["sequence"].tolist() for r in (run, more)}
+    run, more = (replace(r, arrays=r.arrays | {
+        f"values/{r.kinds['beams']}/original": worth(ranks[r.name])}) for r in (run, more))
     text = compare([run, more])
     assert (f"more minus synthetic-rope-1 on the same {len(common)} test sequences, with the 95 % "
             "interval") in text
     told = {name: float(value) for name, value in re.findall(r"^  (\S+) +([+-]\d\.\d+)  \[", text,
                                                               re.M)}
     for name, metric in METRICS.items():
-        here, there = (np.array([rank[r.name][s] for s in common]) for r in (run, more))
-        assert told[name] == pytest.approx(float(np.mean(metric(there) - metric(here))), abs=6e-5)
+        here, there = (metric(np.array([ranks[r.name][place[r.name].index(s)] for s in common]))
+                       for r in (run, more))
+        assert told[name] == pytest.approx(float(np.mean(there - here)), abs=6e-5)
     assert abs(told["HR@5"]) > 0.01
+
+
+def test_each_kind_that_both_have_is_compared(runs, run_folder):
+    run, more = Run.from_folder(run_folder), Run.from_folder(runs / "more")
+    parts = compare([run, more, replace(run, name="twin")]).split("\n\n")[1:]
+    heads = [part.splitlines()[0] for part in parts]
+    assert heads == [run.kinds["beams"], run.kinds["titles"], more.kinds["exact"]]
+    pairs = [re.findall(r"^(\w+) minus (\S+) on", part, re.M) for part in parts]
+    assert pairs == [[("more", run.name), ("twin", run.name)], [("twin", run.name)], []]
+    alone = {key: value for key, value in more.record["rows"].items()
+             if not key.startswith(more.kinds["beams"])}
+    exact = replace(more, record=more.record | {
+        "rows": alone, "options": more.options | {"lists": ["exact"]}})
+    with pytest.raises(ValueError, match="more has exact and synthetic-rope-1 has beams, titles: "):
+        compare([run, exact])
 
 
 def test_a_comparison_names_protocols_once_if_they_are_one(runs, run_folder):
     run, more = Run.from_folder(run_folder), Run.from_folder(runs / "more")
+    protocol = run.record["protocol"]
     text = compare([run, replace(run, name="twin")])
-    assert text.startswith(f"{run.result['protocol']}\n\n") and text.count("test: 40") == 1
+    assert text.startswith(f"{protocol}\n\n") and text.count("40 test sequences, 300") == 1
     assert "synthetic-rope-1, rope, λ = 0.1 " in text and "twin, rope, λ = 0.1 " in text
-    assert text.count("+0.0000  [+0.0000, +0.0000]") == 4
+    assert text.count("+0.0000  [+0.0000, +0.0000]") == 8           # of two kinds of lists
     assert compare([run, more]).startswith(
-        f"synthetic-rope-1 | {run.result['protocol']}\nmore | {more.result['protocol']}\n\n")
+        f"synthetic-rope-1 | {protocol}\nmore | {more.record['protocol']}\n\n")
 
 
 def test_runs_of_other_data_or_without_common_sequences_are_refused(runs, run_folder, capsys):
-    with pytest.raises(ValueError, match="sets was tested on other data than synthetic-rope-1"):
-        compare([Run.from_folder(run_folder), Run.from_folder(runs / "sets")])
     run, few = Run.from_folder(run_folder), Run.from_folder(runs / "few")
+    with pytest.raises(ValueError, match="sets was tested on other data than synthetic-rope-1"):
+        compare([run, Run.from_folder(runs / "sets")])
+    other = run.arrays["target"].copy()
+    other[7] = (other[7] + 1) % 300                     # one answer is another one
+    for changed in (replace(run, arrays=run.arrays | {"target": other}),
+                    replace(run, titles=[*run.titles[1:], "Heat"])):
+        with pytest.raises(ValueError, match="other data"):
+            compare([run, replace(changed, name="changed")])
     assert not set(run.arrays["sequence"]) & set(few.arrays["sequence"])
     with pytest.raises(ValueError, match="few shares no test sequence with synthetic-rope-1; .*"
                                          "--eval-sequences 0"):
         compare([run, few])
-    assert evaluate.main([str(run_folder), str(runs / "sets")]) == 2
+    assert report.main([str(run_folder), str(runs / "sets")]) == 2
     assert "other data" in error_line(capsys)
 
 
 # ----------------------------------------------------------------------------------------------
-# python evaluate.py RUN [RUN ...]
+# What is told of one run
+
+
+def test_agreement_of_lists_by_hand():
+    one, other = np.array([[1, 2, 3], [4, 5, -1]]), np.array([[3, 1, 9], [4, -1, -1]])
+    assert agreement(one, other) == pytest.approx(3 / 5)
+
+
+def rows_of(text: str) -> dict[str, list[float]]:
+    """The means of a table of metrics, by the name of their row."""
+    return {line[:-68].strip(): [float(mean) for mean in re.findall(r"(\S+) ± ", line)]
+            for line in text.splitlines()[1:]}
+
+
+def test_groups_are_a_partition_by_length_and_by_what_training_saw(runs):
+    run = Run.from_folder(runs / "more")
+    seen = run.arrays["seen"].copy()
+    seen[run.arrays["target"][:25]] = False
+    run = replace(run, arrays=run.arrays | {"seen": seen})
+    groups = report.members_of_groups(run)
+    lengths = np.array([sum(item >= 0 for item in row) for row in run.arrays["history"].tolist()])
+    saw = np.array([seen[item] for item in run.arrays["target"].tolist()])
+    wanted = {"history of 3": lengths == 3, "history of 4 to 6": (lengths >= 4) & (lengths <= 6),
+              "history of 7 to 9": (lengths >= 7) & (lengths <= 9), "history of 10": lengths == 10,
+              "answer seen": saw, "answer unseen": ~saw}
+    assert groups.keys() == wanted.keys() and saw.any() and not saw.all()
+    for name, members in wanted.items():
+        assert (groups[name] == members).all(), name
+    name = run.kinds["beams"]
+    table = report.groups_table(run).split(name)[1]
+    told = rows_of(f"\n{name}{table}")
+    assert told.pop(name) == pytest.approx(run.arrays[f"values/{name}/original"].mean(0), abs=6e-5)
+    assert told.keys() == {f"{group} ({members.sum()})" for group, members in wanted.items()
+                           if members.any()}
+    for group, members in wanted.items():
+        if members.any():
+            mean = run.arrays[f"values/{name}/original"][members].mean(axis=0)
+            assert told[f"{group} ({members.sum()})"] == pytest.approx(mean, abs=6e-5)
+
+
+def made_up(run: Run) -> Run:
+    """Four test sequences in a catalogue of ten items, with lists of three by two recommenders."""
+    rows = {"five texts": {}, "every title": {}}
+    lists = {"five texts": [[1, 2, 3], [1, 2, 4], [5, 1, -1], [1, 2, 3]],
+             "every title": [[1, 3, 2], [2, 1, 6], [5, 1, 7], [1, 2, 8]]}
+    valid = [[True, True], [True, False], [False, False], [True, True]]
+    arrays = {"target": np.array([1, 2, 3, 3]), "popularity": np.arange(10.0) ** 2}
+    for name, made in lists.items():
+        arrays |= {f"lists/{name}/original": np.array(made),
+                   f"values/{name}/original": np.zeros((4, 4)),
+                   f"valid/{name}/original": np.array(valid)[:, :2 if name == "five texts" else 0]}
+    return replace(run, arrays=arrays, titles=[str(i) for i in range(10)], record={
+        "rows": rows, "options": run.options | {"lists": ["beams", "exact"]}})
+
+
+def test_the_table_of_what_is_recommended_by_hand(run_folder):
+    """Popularity of item i is i². Five texts name 1, 2, 3, 4, 5 of 0 to 9; 5/8 of all texts and 3/4
+    of the first ones are titles; 9 of the 12 exact items and 3 of the 4 first ones are found."""
+    run = made_up(Run.from_folder(run_folder))
+    table = report.lists_table(run).splitlines()
+    assert table[0].split("  ")[-1].strip() == "exact firsts"
+    assert [re.split(r" {2,}", line) for line in table[:4]] == [
+        ["", "coverage", "popularity", "titles", "first beams", "exact tens exact firsts"],
+        ["five texts", "50.0 %", f"{(4 * 1 + 3 * 4 + 2 * 9 + 16 + 25) / 11:.1f}", "62.5 %",
+         "75.0 %", "75.0 %", "75.0 %"],
+        ["every title", "70.0 %", f"{(4 * 1 + 3 * 4 + 9 + 36 + 25 + 49 + 64) / 12:.1f}"],
+        ["test answers", f"{(1 + 4 + 9 + 9) / 4:.1f}"]]
+    assert [line.split(":")[0].strip() for line in table[4:]] == list(report.COLUMNS)
+    alone = replace(run, record=run.record | {
+        "rows": {"every title": {}}, "options": run.options | {"lists": ["exact"]}})
+    assert report.lists_table(alone).split("\n")[0].split() == ["coverage", "popularity"]
+
+
+def test_the_way_from_the_blind_to_the_aware_recommender_by_hand(run_folder):
+    run = made_up(Run.from_folder(run_folder))
+
+    def rows(blind: float, here: float, aware: float) -> Run:
+        return replace(run, record=run.record | {"rows": {
+            name: {metric: (value, 0.01) for metric in METRICS}
+            for name, value in (("five texts", here), ("every title", blind),
+                                ("best, order-aware", aware), ("best, order-blind", blind))}})
+    lines = report.standing(rows(0.2, 0.25, 0.4)).splitlines()
+    assert lines[1:] == ["  five texts: " + ", ".join(f"{metric} +25 %" for metric in METRICS),
+                         "  every title: " + ", ".join(f"{metric} +0 %" for metric in METRICS)]
+    assert "-50 %" in report.standing(rows(0.2, 0.1, 0.4))
+    assert "order decides nothing here" in report.standing(rows(0.2, 0.25, 0.205))
+
+
+def test_the_description_of_a_run_holds_its_table_and_fits_100_columns(runs, run_folder):
+    run, more = Run.from_folder(run_folder), Run.from_folder(runs / "more")
+    for one in (run, more):
+        text = describe(one)
+        assert format_table(one.record["rows"]) in text and one.record["protocol"] in text
+        assert report.groups_table(one) in text and report.lists_table(one) in text
+        assert report.standing(one) in text and f"evaluation in {one.source}" in text
+        assert max(map(len, text.splitlines())) <= 100
+        log_p = one.arrays["answers"]
+        nats, p = (x[:, 0] - x[:, 1] for x in (log_p, np.exp(log_p)))
+        assert f"log p {nats.mean():+.4f} ± {nats.std(ddof=1) / math.sqrt(len(nats)):.4f}" in text
+        assert f"p {p.mean():+.5f} ± {p.std(ddof=1) / math.sqrt(len(p)):.5f}" in text
+    real = {name: row for name, row in run.record["rows"].items() if "best" not in name}
+    assert "on the way" not in describe(replace(run, record=run.record | {"rows": real}))
+
+
+# ----------------------------------------------------------------------------------------------
+# report as a command
 
 
 class Page(HTMLParser):
@@ -676,7 +905,7 @@ def draw():
 def compared(runs, run_folder):
     """A comparison of two runs by the command, in its default place."""
     pytest.importorskip("matplotlib")
-    assert evaluate.main([str(run_folder), str(runs / "more"), "--user", "3"]) == 0
+    assert report.main([str(run_folder), str(runs / "more"), "--user", "3"]) == 0
     return runs / "comparison"
 
 
@@ -684,14 +913,12 @@ def test_one_run_is_printed_and_reported_in_its_own_folder(run_folder, capsys, m
     monkeypatch.setattr(figures, "figures_available", lambda: False)
     folder = run_folder.with_name("copied")
     shutil.copytree(run_folder, folder)
-    (folder / "report.html").unlink()
-    assert evaluate.main([str(folder)]) == 0
-    table = format_result(Run.from_folder(folder).result)
+    assert report.main([str(folder)]) == 0
+    told = describe(Run.from_folder(folder))
     text = capsys.readouterr().out
-    assert text.startswith(f"{table}\n") and "original order " in table
-    assert f"report {folder}/report.html" in text
+    assert text.startswith(f"{told}\nreport {folder}/report.html")
     page = Page(folder / "report.html")
-    assert page.text["h1"] == ["copied"] and "".join(page.text["pre"]) == table
+    assert page.text["h1"] == ["copied"] and "".join(page.text["pre"]) == told
 
 
 def test_several_runs_are_compared_in_a_folder_beside_the_first(runs, compared, run_folder):
@@ -699,24 +926,25 @@ def test_several_runs_are_compared_in_a_folder_beside_the_first(runs, compared, 
     page = Page(compared / "report.html")
     assert page.text["h1"] == ["synthetic-rope-1, more"]
     assert page.text["h2"] == ["comparison", "synthetic-rope-1", "more"]
-    assert page.text["pre"] == [compare([run, more]), format_result(run.result),
-                                format_result(more.result)]
+    assert page.text["pre"] == [compare([run, more]), describe(run), describe(more)]
 
 
-def test_out_and_user_choose_folder_and_case(runs, run_folder, tmp_path, capsys, monkeypatch):
+def test_out_and_user_choose_folder_and_case(run_folder, test_set, tmp_path, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(figures, "figures_available", lambda: True)
-    for name in ("training_curves", "order_bars", "lambda_curve", "temporal_picture"):
+    for name in ("training_curves", "order_bars", "lambda_curve"):
         monkeypatch.setattr(figures, name, lambda runs: None)
+    monkeypatch.setattr(figures, "temporal_picture", lambda options, titles: seen.append(titles))
     monkeypatch.setattr(figures, "case_study", lambda runs, user: seen.append(user))
-    assert evaluate.main([str(run_folder), "--user", "7", "--out", str(tmp_path / "a" / "b")]) == 0
-    assert seen == [7] and [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["report.html"]
+    assert report.main([str(run_folder), "--user", "7", "--out", str(tmp_path / "a" / "b")]) == 0
+    assert seen == [test_set.words(test_set.history(7)), 7]
+    assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["report.html"]
     assert f"report {tmp_path}/a/b/report.html | 0 figures beside it\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("user", ["40", "-1"])
-def test_a_user_out_of_range_is_one_line(run_folder, tmp_path, capsys, user, draw):
-    assert evaluate.main([str(run_folder), "--user", user, "--out", str(tmp_path)]) == 2
+def test_a_user_out_of_range_is_one_line(run_folder, tmp_path, capsys, user):
+    assert report.main([str(run_folder), "--user", user, "--out", str(tmp_path)]) == 2
     assert (f"--user is {user}; synthetic-rope-1 was tested on sequences 0 to 39"
             in error_line(capsys))
     assert not list(tmp_path.iterdir())
@@ -728,7 +956,7 @@ def test_a_report_can_be_written_without_matplotlib(runs, run_folder, tmp_path, 
     assert not figures.figures_available()
     monkeypatch.undo()
     monkeypatch.setattr(figures, "figures_available", lambda: False)
-    assert evaluate.main([str(run_folder), str(runs / "more"), "--out", str(tmp_path)]) == 0
+    assert report.main([str(run_folder), str(runs / "more"), "--out", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(compare([Run.from_folder(run_folder),
                                             Run.from_folder(runs / "more")]) + "\n")
@@ -741,7 +969,7 @@ def test_a_report_can_be_written_without_matplotlib(runs, run_folder, tmp_path, 
 
 
 def test_every_figure_is_a_png_and_an_svg_beside_the_page(compared):
-    names = {"training", "order", "temporal-synthetic-rope-1", "temporal-more", "case"}
+    names = {"training", "order", "temporal-synthetic-rope-1", "case"}      # of one setting
     assert {p.name for p in compared.iterdir()} == {"report.html"} | {
         f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     for name in names:
@@ -755,7 +983,7 @@ def test_the_page_holds_its_figures_and_loads_nothing(compared):
     page = Page(compared / "report.html")
     assert not {"script", "link", "iframe", "object", "embed", "base"} & page.tags.keys()
     prefix = "data:image/svg+xml;base64,"
-    assert len(page.links) == page.tags["img"] == 5
+    assert len(page.links) == page.tags["img"] == 4
     assert all(link.startswith(prefix) for link in page.links)
     bare = re.sub(rf"{re.escape(prefix)}[A-Za-z0-9+/=]+", "", text)
     assert not re.search(r"https?:|//|url\(|@import", bare)
@@ -780,38 +1008,43 @@ def test_the_page_shows_markup_as_text(tmp_path):
 
 @pytest.mark.parametrize("name, title", [("at$5_^$6", "Heat"), ("run", "A$AP_^ Ke$ha")])
 def test_dollars_in_names_and_titles_are_dollars(run_folder, tmp_path, draw, name, title):
-    run = Run.from_folder(run_folder)
-    titles = [title] * len(run.result["history_titles"])
-    write_report([replace(run, name=name, result=run.result | {"history_titles": titles})],
-                 tmp_path)
+    run = replace(Run.from_folder(run_folder), name=name)
+    for fig in (draw.temporal_picture(run.options, [title] * 3), draw.order_bars([run]),
+                draw.case_study([replace(run, titles=[title] * 300)], 0)):
+        fig.savefig(tmp_path / "figure.svg")
 
 
-def test_runs_of_one_name_each_have_their_picture(run_folder, tmp_path, draw):
-    text = write_report(read_runs([run_folder, run_folder]), tmp_path)
-    assert f"| {len(list(tmp_path.glob('*.svg')))} figures" in text
+def test_each_setting_has_its_temporal_picture(run_folder, tmp_path, draw):
+    one, alike, other = read_runs([run_folder] * 3)
+    assert len({one.name, alike.name, other.name}) == 3
+    other = replace(other, record=other.record | {
+        "options": other.options | {"temporal": "sinpe", "lambda_ct": 0.0}})
+    told = report.write_report([one, alike, other], tmp_path)
+    assert f"| {len(list(tmp_path.glob('*.svg')))} figures" in told
+    assert {path.name for path in tmp_path.glob("temporal-*.png")} == {
+        f"temporal-{one.name}.png", f"temporal-{other.name}.png"}
 
 
 def test_the_same_figures_are_the_same_bytes(run_folder, tmp_path, draw):
-    """The first were drawn when the run ended."""
-    assert evaluate.main([str(run_folder), "--out", str(tmp_path)]) == 0
-    files = sorted(tmp_path.glob("*.svg"))
+    for name in "ab":
+        assert report.main([str(run_folder), "--out", str(tmp_path / name)]) == 0
+    files = sorted((tmp_path / "a").glob("*.svg"))
     assert len(files) == 4
-    for path in files:
-        assert path.read_bytes() == (run_folder / path.name).read_bytes(), path.name
-    assert (tmp_path / "report.html").read_bytes() == (run_folder / "report.html").read_bytes()
+    for path in [*files, tmp_path / "a" / "report.html"]:
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
-def test_the_command_itself_compares_and_fails_without_a_traceback(runs, run_folder, tmp_path):
+def test_the_command_itself_compares_and_fails_without_a_traceback(run_folder, tmp_path):
     def command(*arguments):
-        return subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *map(str, arguments)],
-                              capture_output=True, text=True, cwd=runs)
+        return subprocess.run([sys.executable, "-m", "experiments.report", *map(str, arguments)],
+                              capture_output=True, text=True, cwd=ROOT)
     done = command(run_folder, run_folder, "--out", tmp_path / "report")
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.count("+0.0000  [+0.0000, +0.0000]") == 4
+    assert done.stdout.count("+0.0000  [+0.0000, +0.0000]") == 8
     assert (tmp_path / "report" / "report.html").is_file()
     done = command(run_folder, "nowhere")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: nowhere/run.json: not found; wanted the folder of a")
+    assert done.stderr.startswith("error: nowhere/run.json: not found; wanted the folder of a run")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -825,32 +1058,43 @@ def run(run_folder) -> Run:
 
 def with_scores(run: Run, name: str, start: float, **options) -> Run:
     """The run with metrics that are all different, of an order and between orders."""
-    rows = {f"{order} order": {metric: (start + 0.1 * i + 0.02 * j, 0.001 * (1 + i + j))
-                               for j, metric in enumerate(METRICS)}
-            for i, order in enumerate(("original", "reversed", "shuffled"))}
-    return replace(run, name=name, options=run.options | options,
-                   result=run.result | {"rows": rows})
+    rows = {f"{kind}{ending}": {metric: (start + 0.3 * n + 0.1 * i + 0.02 * j, 0.001 * (1 + i + j))
+                                for j, metric in enumerate(METRICS)}
+            for n, kind in enumerate(run.kinds.values())
+            for i, ending in enumerate(("", " | reversed", " | shuffled"))}
+    return replace(run, name=name, record=run.record | {"options": run.options | options,
+                                                        "rows": rows})
 
 
 def test_order_bars_are_as_high_as_the_metrics(run, draw):
     from matplotlib.container import BarContainer
     shown = [with_scores(run, "a", 0.1), with_scores(run, "b", 0.3, lambda_ct=2.0)]
-    fig = draw.order_bars(shown)
-    assert len(fig.axes) == 2
-    for ax, one in zip(fig.axes, shown):
-        assert one.name in ax.get_title() and f"λ = {one.options['lambda_ct']:g}" in ax.get_title()
+    panels = draw.order_bars(shown).axes
+    wanted = [(one, kind) for one in shown for kind in one.kinds.values()]
+    for ax, (one, kind) in zip(panels, wanted, strict=True):
+        λ = one.options["lambda_ct"]
+        assert ax.get_title() == f"{one.name}\nrope, λ = {λ:g} | {kind}"
         assert [label.get_text() for label in ax.get_xticklabels()] == list(METRICS)
         bars = [group for group in ax.containers if isinstance(group, BarContainer)]
-        assert [group.get_label() for group in bars] == [
-            "original order", "reversed order", "shuffled order"]
+        assert [group.get_label() for group in bars] == ["original", "reversed", "shuffled"]
         for group in bars:
-            wanted = one.result["rows"][group.get_label()].values()
-            assert [bar.get_height() for bar in group] == [mean for mean, _ in wanted]
+            order = group.get_label()
+            scores = one.record["rows"][kind if order == "original" else f"{kind} | {order}"]
+            assert [bar.get_height() for bar in group] == [mean for mean, _ in scores.values()]
             (segments,) = group.errorbar.lines[2]
             ends = [(segment[0, 1], segment[1, 1]) for segment in segments.get_segments()]
-            assert np.array(ends) == pytest.approx(np.array([(m - e, m + e) for m, e in wanted]))
+            assert np.array(ends) == pytest.approx(
+                np.array([(m - e, m + e) for m, e in scores.values()]))
         tops = [bar.get_height() for group in bars for bar in group]
         assert max(tops) < ax.get_ylim()[1]
+
+
+def test_order_bars_leave_a_gap_where_a_run_has_no_lists_of_a_kind(runs, run, draw):
+    more = Run.from_folder(runs / "more")
+    panels = draw.order_bars([run, more]).axes
+    assert [ax.get_title().rpartition(" | ")[2] for ax in panels] == [
+        run.kinds["beams"], run.kinds["titles"], "", more.kinds["beams"], "", more.kinds["exact"]]
+    assert [ax.axison for ax in panels] == [True, True, False, True, False, True]
 
 
 def lines_of(ax, **wanted) -> list[np.ndarray]:
@@ -868,8 +1112,12 @@ def test_training_curves_are_the_log(run, run_folder, draw):
         assert raw.tolist() == [[line["step"], line[key]] for line in log[:3]]
         assert smooth == pytest.approx(raw)
     assert lines_of(ax, label="validation $L_{TA}$")[0].tolist() == [[3, log[3]["validation_ta"]]]
+    (ax,) = draw.training_curves([replace(run, record=run.record | {"vocabulary": 1_234})]).axes
     (agree,) = lines_of(ax, label="ln V: the worlds agree")
-    assert agree[:, 1] == pytest.approx(math.log(run.result["vocabulary"]))
+    assert agree[:, 1] == pytest.approx(math.log(1_234))
+    unknown = {key: value for key, value in run.record.items() if key != "vocabulary"}
+    (ax,) = draw.training_curves([replace(run, record=unknown)]).axes
+    assert not lines_of(ax, label="ln V: the worlds agree")
 
 
 def test_training_curves_are_smoothed_over_a_fiftieth(run, draw):
@@ -884,46 +1132,50 @@ def test_training_curves_are_smoothed_over_a_fiftieth(run, draw):
     assert draw.training_curves([replace(run, log=[])]) is None
 
 
-def test_the_lambda_curve_wants_two_lambdas_and_shows_each_run(run, draw):
+def test_the_lambda_curve_wants_two_lambdas_and_shows_each_run(runs, run, draw):
     one = with_scores(run, "a", 0.1, lambda_ct=0.5)
     assert draw.lambda_curve([one, replace(one, name="b")]) is None
+    more = Run.from_folder(runs / "more")
+    titles_only = replace(with_scores(more, "e", 0.6, lambda_ct=9.0, lists=["exact"]))
     shown = [one, with_scores(run, "b", 0.2, lambda_ct=0.0),
              with_scores(run, "c", 0.4, lambda_ct=0.5),
-             with_scores(run, "d", 0.5, lambda_ct=0.5, temporal="sinpe")]
+             with_scores(run, "d", 0.5, lambda_ct=0.5, temporal="sinpe"), titles_only]
     fig = draw.lambda_curve(shown)
     for ax, metric in zip(fig.axes, ("HR@5", "HR@10"), strict=True):
-        high = {r.name: r.result["rows"]["original order"][metric] for r in shown}
+        high = {r.name: r.record["rows"][run.kinds["beams"]][metric] for r in shown[:4]}
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.5"]
         curves = lines_of(ax, linestyle="-")
         assert curves[0] == pytest.approx(np.array([(0, high["b"][0]), (
             0.5, (high["a"][0] + high["c"][0]) / 2)]))
         assert curves[1].tolist() == [[0.5, high["d"][0]]]
-        points = {mark: [tuple(p[0]) for p in lines_of(ax, marker=mark)] for mark in "os"}
-        assert points == {"o": [(0.0, high["b"][0]), (0.5, high["a"][0]), (0.5, high["c"][0])],
-                          "s": [(0.5, high["d"][0])]}
-        errors = [bar.lines[2][0].get_segments()[0][:, 1] for bar in ax.containers]
+        points = {mark: np.concatenate(lines_of(ax, marker=mark)).tolist() for mark in "os"}
+        assert points == {"o": [[0.0, high["b"][0]], [0.5, high["a"][0]], [0.5, high["c"][0]]],
+                          "s": [[0.5, high["d"][0]]]}
+        errors = [segment[:, 1] for bar in ax.containers
+                  for segment in bar.lines[2][0].get_segments()]
         assert np.array(errors) == pytest.approx(np.array([
             (high[name][0] - high[name][1], high[name][0] + high[name][1]) for name in "bacd"]))
         assert [text.get_text() for text in ax.get_legend().get_texts()] == ["rope", "sinpe"]
         assert metric in ax.get_ylabel()
 
 
-def test_the_temporal_picture_shows_sines_then_cosines_and_the_erased_rows_alike(run, draw):
-    pictures = draw.temporal_picture(run).axes[:2]
-    k, width = run.arrays["temporal/k"], run.arrays["temporal/factual"].shape[1]
-    assert k.tolist() == list(range(len(k) - 1, -1, -1)) and width == 32
-    angles = k[:, None] / 10_000 ** (np.arange(0, width, 2) / width)
+@pytest.mark.parametrize("kind, scale", [("rope", 1.0), ("rope-attention", 1.0), ("sinpe", 0.25),
+                                         ("sinpe", 0.0)])
+def test_the_temporal_picture_shows_sines_then_cosines_and_the_erased_rows_alike(draw, kind, scale):
+    """Angles are k / 10,000^(2t/64) for k = 3, 2, 1, 0 from the top."""
+    titles = ["Heat", "Ran", "Up", "Jaws"]
+    options = {"temporal": kind, "index": "order", "sinpe_scale": scale}
+    pictures = draw.temporal_picture(options, titles).axes[:2]
+    angles = np.arange(3, -1, -1)[:, None] / 10_000 ** (np.arange(0, 64, 2) / 64)
     images = [np.asarray(ax.get_images()[0].get_array()) for ax in pictures]
-    assert images[0] == pytest.approx(np.concatenate((np.sin(angles), np.cos(angles)), axis=1),
-                                      abs=1e-6)
-    assert (images[1] == [0] * 16 + [1] * 16).all() and images[1].shape == images[0].shape
-    for ax, image, name in zip(pictures, images, ("factual", "erased")):
-        values = run.arrays[f"temporal/{name}"]
-        assert ax.get_title() == f"{name} world"
-        assert (image[:, :16] == values[:, 0::2]).all() and (image[:, 16:] == values[:, 1::2]).all()
-    labels = [label.get_text() for label in pictures[0].get_yticklabels()]
-    assert labels == [f"{title}  k = {x:g}" for title, x in zip(run.result["history_titles"], k)]
-    plain = {name: array for name, array in run.arrays.items() if not name.startswith("temporal/")}
-    assert draw.temporal_picture(replace(run, arrays=plain)) is None
+    assert images[0] == pytest.approx(
+        scale * np.concatenate((np.sin(angles), np.cos(angles)), axis=1), abs=1e-6)
+    assert (images[1] == [0] * 32 + [scale] * 32).all() and images[1].shape == images[0].shape
+    assert [ax.get_title() for ax in pictures] == ["factual world", "erased world"]
+    assert [label.get_text() for label in pictures[0].get_yticklabels()] == [
+        "Heat  k = 3", "Ran  k = 2", "Up  k = 1", "Jaws  k = 0"]
+    for other in ({"temporal": "none"}, {"index": "time"}):
+        assert draw.temporal_picture(options | other, titles) is None
 
 
 def texts(ax) -> list[str]:
@@ -931,20 +1183,21 @@ def texts(ax) -> list[str]:
 
 
 def test_the_case_study_names_history_answer_and_twenty_titles(run, draw):
-    user, arrays = 5, {name: array.copy() for name, array in run.arrays.items()}
+    user, name = 5, run.kinds["beams"]
+    arrays = {key: array.copy() for key, array in run.arrays.items()}
     answer = int(arrays["target"][user])
-    arrays["lists/original"][user, 3] = answer
-    arrays["lists/reversed"][user, 9] = -1                  # a catalogue used up
+    arrays[f"lists/{name}/original"][user, 3] = answer
+    arrays[f"lists/{name}/reversed"][user, 9] = -1          # a catalogue used up
     left, right = draw.case_study([replace(run, arrays=arrays)], user).axes
     history = [run.titles[item] for item in arrays["history"][user] if item >= 0]
     n = len(history)
     assert texts(left) == ["history, oldest first", *(
         f"{title}  [k = {n - 1 - i}]" for i, title in enumerate(history)),
-        f"▶ {run.titles[answer]}"]
-    wanted = ["synthetic-rope-1 | rope, λ = 0.1"]
+        f"▶ {run.titles[answer]}, the answer"]
+    wanted = [f"synthetic-rope-1 | rope, λ = 0.1 | {name}"]
     for order in ("original", "reversed"):
         wanted.append(f"{order} history")
-        for rank, item in enumerate(arrays[f"lists/{order}"][user].tolist()):
+        for rank, item in enumerate(arrays[f"lists/{name}/{order}"][user].tolist()):
             if item >= 0:
                 mark = " ◀" if item == answer else ""
                 wanted += [str(rank + 1), f"{run.titles[item]}{mark}"]
@@ -954,29 +1207,34 @@ def test_the_case_study_names_history_answer_and_twenty_titles(run, draw):
 
 
 def test_the_case_study_follows_the_sequence_from_run_to_run(runs, run, draw):
-    more, few = Run.from_folder(runs / "more"), Run.from_folder(runs / "few")
+    more, few, name = Run.from_folder(runs / "more"), Run.from_folder(runs / "few"), "beams"
+    name = run.kinds["beams"]
     more = replace(more, arrays=more.arrays | {     # lists as different as can be
-        f"lists/{order}": (start + np.arange(200)[:, None] + 7 * np.arange(10)) % 300
+        f"lists/{name}/{order}": (start + np.arange(60)[:, None] + 7 * np.arange(10)) % 300
         for order, start in (("original", 0), ("reversed", 100))})
     here, there = (r.arrays["sequence"].tolist() for r in (run, more))
     user = next(i for i, sequence in enumerate(here) if sequence in there)
     panels = [texts(ax) for ax in draw.case_study([run, more, few], user).axes]
-    second, third = (next(panel for panel in panels if panel[:1] == [f"{name} | rope, λ = 0.1"])
-                     for name in ("more", "few"))
+    second, third = (next(panel for panel in panels
+                          if panel[:1] == [f"{one} | rope, λ = 0.1 | {name}"])
+                     for one in ("more", "few"))
     place, answer = there.index(here[user]), int(run.arrays["target"][user])
     assert place != user
     for order in ("original", "reversed"):
-        for item in more.arrays[f"lists/{order}"][place].tolist():
+        for item in more.arrays[f"lists/{name}/{order}"][place].tolist():
             assert f"{run.titles[item]}{' ◀' if item == answer else ''}" in second
     assert third[1:] == ["not among this run's test sequences"]
-    for wrong in (-1, 40):
-        with pytest.raises(ValueError, match=f"--user is {wrong}; .* sequences 0 to 39"):
-            write_report([run], runs / "nowhere", wrong)
-    assert not (runs / "nowhere").exists()
+
+
+def test_the_case_study_takes_other_lists_where_a_run_lacks_those_of_the_first(runs, run, draw):
+    more = Run.from_folder(runs / "more")
+    heads = [texts(ax)[0] for ax in draw.case_study([more, run], 0).axes[1:]]
+    assert [head.rpartition(" | ")[2] for head in heads] == [more.kinds["exact"],
+                                                             run.kinds["beams"]]
 
 
 def test_the_case_study_has_no_steps_where_k_is_an_age(run, draw):
-    dated = replace(run, options=run.options | {"index": "time"})
+    dated = replace(run, record=run.record | {"options": run.options | {"index": "time"}})
     assert not any("[k" in text for text in texts(draw.case_study([dated], 0).axes[0]))
 
 
