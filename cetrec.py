@@ -59,7 +59,9 @@ from support.trie import ExactTitles, TitleBeams
 def sinusoidal(pos: Tensor, dim: int, base: float = 10_000.0) -> Tensor:
     """p_k of Eq. 3: p[2t] = sin(k / base^(2t/dim)), p[2t+1] = cos(same), with k = pos.
 
-    (..) -> (.., dim). Positions are steps back or, by the clock, real numbers.
+    (..) -> (.., dim). Positions are steps back or, by the clock, real numbers. Each pair of
+    dimensions is a hand of a clock, from a fast one (t = 0, a radian a step) to one that hardly
+    moves; the step from k to k + 1 is the same rotation for every k.
     """
     angles = _angles(pos, dim, base)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :dim]
@@ -139,8 +141,10 @@ class TemporalLlama(nn.Module):
 def erase_order(item_pos: Tensor) -> Tensor:
     """The counterfactual world: every item is at position 0, so its order is gone.  (B, T) -> same
 
-    Tokens, items and weights stay as they are. §4.3 gives every item p_0, "the earliest time",
-    where §4.2.1 gives p_0 to the newest item; we read it as the newest (D1).
+    Tokens, items and weights stay as they are, also the order of the titles in the text: what is
+    erased is the temporal embedding's knowledge of it. §4.3 gives every item p_0, "the earliest
+    time", where §4.2.1 gives p_0 to the newest item; we read it as the newest (D1). With a rotary
+    embedding R_0 is the identity, so the erased world is then the plain Llama.
     """
     return item_pos.clamp(max=0)                    # NO_ITEM stays NO_ITEM
 
@@ -184,7 +188,9 @@ def counterfactual_loss(logits_f: Tensor, logits_cf: Tensor, targets: Tensor) ->
 
     The difference is the causal effect of order on the prediction, CE_T of Eq. 7. §4.4 calls f a
     distribution, but a difference of distributions sums to 0; we take logits, as CFT does (D3).
-    Where the worlds agree, the effect is zero, its softmax uniform, and the loss ln V.
+    Where the worlds agree, the effect is zero, its softmax uniform, and the loss ln V with no
+    gradient: L_CT begins to work once L_TA has given the temporal embedding an influence. What it
+    rewards in the end is an erased world that predicts nothing; docs/readings.md has the argument.
     """
     effect = logits_f - logits_cf
     return F.cross_entropy(effect, targets)
@@ -233,7 +239,7 @@ def answer_log_likelihood(model: TemporalLlama, sequences: Sequences,
 
 @dataclass(frozen=True)
 class Tuning:
-    """What the loop needs to know."""
+    """What the loop needs to know; support/options.py says where each default comes from."""
 
     lambda_ct: float
     lr: float
@@ -267,7 +273,10 @@ def backward(model: TemporalLlama, batch: Batch, lambda_ct: float,
 
 def tuning_step(model: TemporalLlama, batch: Batch, optimizer: torch.optim.Optimizer, lr: float,
                 lambda_ct: float, rows: int) -> list[Tensor | None]:
-    """One step: two worlds, one loss, its gradient, clipped at norm 1, an update of the factors."""
+    """One step: two worlds, one loss, its gradient, clipped at norm 1, an update of the factors.
+
+    Only the factors Φ are in the optimizer (Eq. 2). Returns (L, L_TA, L_CT or None).
+    """
     losses = backward(model, batch, lambda_ct, rows)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -279,7 +288,10 @@ def tuning_step(model: TemporalLlama, batch: Batch, optimizer: torch.optim.Optim
 
 @torch.no_grad()
 def validation_loss(model: TemporalLlama, sequences: Sequences, batch_size: int) -> float:
-    """L_TA per supervised token over the given sequences, dropout off."""
+    """L_TA per supervised token over the given sequences, dropout off.
+
+    L_CT is left out, because only the factual world is used to recommend (§4.4).
+    """
     model.eval()
     total, count = 0.0, 0
     for batch in tqdm(batches(model.tokenizer, sequences, batch_size, np.random.default_rng(0)),

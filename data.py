@@ -132,6 +132,8 @@ def make_sequences(interactions: Interactions, min_history: int = 3, max_history
 def split_by_time(sequences: Sequences, ratios=(8, 1, 1)) -> tuple[Sequences, Sequences, Sequences]:
     """Split 8:1:1 by the time of the answer, so that training sees nothing of the future (§5.1.1).
 
+    A split by user would let a model learn from what other users did later. Here no answer
+    of the validation split is older than a training answer, and test answers come after both.
     Raises ValueError for fewer than 10 sequences.
     """
     if len(sequences) < 10:
@@ -174,7 +176,9 @@ DOMAINS = {     # movies and games are worded as in BIGRec; no source has words 
 def build_prompt(history_titles, domain: str = "movies") -> tuple[str, list[tuple[int, int]]]:
     """The prompt of Table 1, and where each title stands in it: character spans [start, end).
 
-    Training, inference and every other use of a prompt call this one function.
+    Training, inference and every other use of a prompt call this one function: a prompt that
+    differs by a single space between training and inference is another prompt to the model. Titles
+    are joined by hand rather than by str.format, because they may hold braces.
     """
     before, after = TEMPLATE.split("{history}")
     words = DOMAINS[domain]
@@ -192,7 +196,10 @@ def build_prompt(history_titles, domain: str = "movies") -> tuple[str, list[tupl
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer.json, which also decides whether a text begins with BOS, and its special ids."""
+    """A tokenizer.json, which also decides whether a text begins with BOS, and its special ids.
+
+    Some checkpoints end an answer with one of several tokens. All of them end a generated answer.
+    """
 
     bpe: tokenizers.Tokenizer
     eos_ids: tuple[int, ...]        # each of them ends an answer; we train on the first
@@ -383,7 +390,11 @@ class Batch:
 
 
 def collate(examples: list[Example], pad_id: int = 0) -> Batch:
-    """Pad to the longest example, shift the labels by one, find the common prefix."""
+    """Pad to the longest example, shift the labels by one, find the common prefix.
+
+    The hidden state at position t predicts token t + 1, so the label at t is what comes next. The
+    prefix, which all prompts of a domain begin with, is run only once for a batch.
+    """
     shape = len(examples), max(len(e.tokens) for e in examples)
     tokens, item_pos, labels = (np.full(shape, fill) for fill in (pad_id, NO_ITEM, IGNORE))
     if any(isinstance(e.item_pos[0], float) for e in examples):
@@ -399,6 +410,9 @@ def collate(examples: list[Example], pad_id: int = 0) -> Batch:
 def batches(tokenizer: Tokenizer, sequences: Sequences, batch_size: int, rng: np.random.Generator,
             shuffle_histories: bool = False) -> Iterator[Batch]:
     """One epoch of batches in random order, tokenised as they are needed.
+
+    shuffle_histories puts the items of each history into random order; the embedded base is trained
+    so (support/tiny.py).
 
     32 batches are drawn together and sorted by length, so that the rows of a batch are alike and
     little is padding; then the order of these batches is random again. A thread prepares the next

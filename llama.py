@@ -331,7 +331,10 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), with silu(z) = z σ(z)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), with silu(z) = z σ(z).
+
+    The gate decides, for each inner unit, how much of `up` goes through.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -346,7 +349,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and beside a residual connection."""
+    """Attention and MLP, each behind a norm and beside a residual connection.
+
+        x = x + attention(norm(x));  x = x + mlp(norm(x))
+
+    A block is a pure function of its inputs: it returns its keys and values instead of writing them
+    anywhere. So it can be run twice (--recompute) or compiled.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -363,7 +372,11 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder. `forward` ends at the final norm, so that logits are made only where wanted."""
+    """The decoder. `forward` ends at the final norm, so that logits are made only where wanted.
+
+    With the vocabulary of Llama 3 the logits of one token are as large as its hidden states in all
+    layers together, and only the answer's few tokens need them.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()

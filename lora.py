@@ -1,8 +1,15 @@
 """LoRA: low-rank factors Φ beside the frozen weights Θ (§3.1, Eq. 2).  y = W x + (α/R) B A x
 
-Eq. 2 maximises the likelihood over Φ alone. This file adds the factors to any module, and reads and
-writes them in the files of the peft library (adapter_config.json, adapter_model.safetensors). It
-needs torch only.
+Eq. 2 maximises the likelihood of Eq. 1 over Φ alone, with Θ fixed. Φ are two thin matrices beside
+some of the model's linear maps: instead of the out · in numbers of a change to W, only the R (in +
+out) numbers of B and A are trained. So an 8B model has a few million trainable numbers, and only
+these need gradients and optimizer states.
+
+    x ──┬── W (out, in), frozen ─────────────────── + ── y
+        └── dropout ── A (R, in) ── B (out, R) ── · α/R ┘
+
+This file adds the factors to any module, and reads and writes them in the files of the peft library
+(adapter_config.json, adapter_model.safetensors). It needs torch only.
 
 Left out: DoRA, biases, modules saved whole, ranks that differ by layer. Files that have them are
 refused by name.
@@ -35,7 +42,10 @@ READ_BELOW = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The paper gives none of these (D5); the defaults are those of BIGRec, which it builds on."""
+    """Where the factors go and how they count.
+
+    The paper gives none of these (D5). The defaults are those of BIGRec, which it builds on.
+    """
 
     rank: int = 8
     alpha: float = 16.0
@@ -83,9 +93,11 @@ class LoraLinear(nn.Linear):
         self.train(linear.training)     # a new module is in training mode; the wrapped may not be
 
     def forward(self, x: Tensor) -> Tensor:
-        """(.., in) -> (.., out). Factors are kept in float32 and multiply in x's precision.
+        """y = W x + (α/R) B A dropout(x).  (.., in) -> (.., out)
 
-        The product is added to y in place, because by itself it would be as large as y.
+        Factors are kept in float32, because steps of AdamW are smaller than what bfloat16 can add;
+        they multiply in x's precision. Dropout acts on their input and in training only. The
+        product is added to y in place, because by itself it would be as large as y.
         """
         y = F.linear(x, self.weight, self.bias)
         if self.active:
@@ -108,7 +120,9 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float 
              targets=("q_proj", "v_proj"), rslora: bool = False) -> list[nn.Parameter]:
     """Freeze the model (Θ), then wrap every linear map named in targets. Returns the factors (Φ).
 
-    Raises ValueError for a second call, a bad setting, or a target that the model does not have.
+    Everything is frozen first, so that what is not wrapped has no gradient either: norms,
+    embeddings, the output map. Raises ValueError for a second call, a bad setting, or a target that
+    the model does not have.
     """
     config = LoraConfig(rank, alpha, dropout, tuple(targets), rslora)
     if _adapted(model):
@@ -127,7 +141,10 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float 
 
 @contextmanager
 def without_factors(model: nn.Module):
-    """In this context the model computes what its base does."""
+    """In this context the model computes what its base does; the factors stay, and come back.
+
+    Grounding with the base's weights, as BIGRec does it, uses this (D11).
+    """
     adapted = _adapted(model).values()
     for m in adapted:
         m.active = False
@@ -218,7 +235,9 @@ def _read_config(path: Path) -> LoraConfig:
 def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
     """Add factors with the settings of the folder and read them strictly. Returns the factors.
 
-    Raises FileNotFoundError or ValueError, which name the file, and leaves the model as it was.
+    peft does not know temporal embeddings: an adapter of ours that is loaded there runs without
+    them, and one of peft's that is loaded here has none. Raises FileNotFoundError or ValueError,
+    which name the file, and leaves the model as it was.
     """
     path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     for file in (path, weights):

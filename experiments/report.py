@@ -185,9 +185,9 @@ def lists_table(run: Run) -> str:
     lines["test answers"] = ["", f"{popularity[targets].mean():.1f}"]
     shown = [i for i in range(len(COLUMNS)) if any("".join(c[i:i + 1]) for c in lines.values())]
     names, width = list(COLUMNS), max(map(len, lines))
-    table = [" " * width + "".join(f"{names[i]:>13}" for i in shown)]
-    table += [f"{name:<{width}}" + "".join(f"{(*cells, *[''] * 6)[i]:>13}" for i in shown)
-              for name, cells in lines.items()]
+    rows = {"": names} | {name: cells + [""] * len(names) for name, cells in lines.items()}
+    table = [f"{name:<{width}}" + "".join(f"{cells[i]:>{len(names[i]) + 2}}" for i in shown)
+             for name, cells in rows.items()]
     return "\n".join(line.rstrip() for line in table) + "\n" + "\n".join(
         f"  {names[i]}: {COLUMNS[names[i]]}" for i in shown)
 

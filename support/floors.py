@@ -7,7 +7,12 @@ from evaluate import LENGTH
 
 
 class CountingFloors:
-    """Popularity and item-to-item co-occurrence, counted on training sequences only."""
+    """Popularity and item-to-item co-occurrence, counted on training sequences only.
+
+    count(i, j) is how often item j was the answer to a history that holds item i. Most pairs never
+    occur, so only those that do are kept, sorted by i: the pairs of item i, and what they score,
+    are goal and similarity from start[i] to start[i + 1].
+    """
 
     def __init__(self, train: Sequences, items: int):
         history = [train.history(i) for i in range(len(train))]
@@ -23,8 +28,13 @@ class CountingFloors:
         self.similarity = counts / np.sqrt(leaving[source] * arriving[self.goal])
 
     def scores(self, histories, exclude_history: bool = True) -> dict[str, np.ndarray]:
-        """(B, N) scores per floor: popularity; count(i, j) / √(count(i, ·) count(·, j)) for the
-        newest item i; and the sum of that over the whole history."""
+        """What each floor gives every item.  name -> (B, N)
+
+        Popularity is how often an item was the answer. Co-occurrence is the cosine
+        count(i, j) / √(count(i, ·) count(·, j)), which keeps popular items from winning everywhere.
+        One floor takes it for the newest item i alone, the other sums it over the whole history.
+        Only the newest-item floor sees anything of order.
+        """
         floors = {name: np.zeros((len(histories), len(self.popularity))) for name in
                   ("popularity", "co-occurrence, newest item", "co-occurrence, whole history")}
         popularity, newest, whole = floors.values()

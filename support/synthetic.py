@@ -1,8 +1,8 @@
 """A world whose best recommendation is known: the default data, and an oracle for them.
 
-The paper's Figure 1 made into a generator: the next item depends on the order of a history by a
-stated law. So the value of every list of recommendations is known exactly, as is what the best
-order-aware and the best order-blind recommender can reach.
+This is the paper's Figure 1 made into a generator: the next item depends on the order of a history
+by a stated law. So the value of every list of recommendations is known exactly, and so is what the
+best order-aware recommender reaches. What the best order-blind one reaches is estimated closely.
 
 Shapes: B histories, n their length, N items, M sampled orders.
 """
@@ -32,10 +32,10 @@ class SyntheticWorld:
         w_k = (1 - s)/n + s decay^k / Σ_j decay^j,      k steps back in a history of n ≤ 10
         q(. | i) = 0.6 uniform over i's franchise + 0.3 uniform over i's genre + 0.1 popularity
 
-    s is the order strength: at 0 the history is a set, and the best order-aware and order-blind
-    recommenders are the same. (Were the 0.6 for the *next* part, a set would betray its order.)
-    Users have 4 to 11 interactions, so a visible history is a whole one; the first item follows
-    popularity.
+    Here s is the order strength. At s = 0 the history is a set, and the best order-aware and
+    order-blind recommenders are the same. (If the 0.6 went to the *next* part of the franchise, a
+    set would betray its order.) Users have 4 to 11 interactions, of which the last is predicted, so
+    the history that a recommender sees is always the whole one. The first item follows popularity.
     """
 
     def __init__(self, items: int = 300, strength: float = 1.0, decay: float = 0.5, seed: int = 0):
@@ -49,7 +49,10 @@ class SyntheticWorld:
         genre, franchise = np.zeros(items, dtype=int), np.zeros(items, dtype=int)
         names = {g: [f"{a} {n}" for a in adjectives.split() for n in nouns.split()]
                  for g, (nouns, adjectives) in GENRES.items()}
-        for used in itertools.count():      # franchises of three to eight parts, genre by genre
+
+        # Genres take turns in founding franchises of three to eight parts. When a genre has used
+        # up its names, they come again with a place and a year.
+        for used in itertools.count():
             g = used % len(GENRES)
             pool = names[list(GENRES)[g]]
             lap, place = divmod(used // len(GENRES), len(pool))
@@ -60,6 +63,8 @@ class SyntheticWorld:
                 self.titles.append(name if part == 1 else f"{name} {part}")
             if len(self.titles) == items:
                 break
+
+        # Popularity falls with the rank as in Zipf's law; which item has which rank is chance.
         popularity = 1.0 / np.arange(1, items + 1) ** 0.8
         self.popularity = rng.permutation(popularity / popularity.sum())
         same_genre = genre[:, None] == genre[None, :]
@@ -68,7 +73,7 @@ class SyntheticWorld:
                      ((0.6, siblings), (0.3, same_genre), (0.1, self.popularity[None, :])))
 
     def weights(self, n: int) -> np.ndarray:
-        """w_k for a history of n, oldest first. -> (n,)"""
+        """w_k of the law for a history of n items, oldest first, with sum 1.  -> (n,)"""
         recency = self.decay ** np.arange(n - 1, -1, -1)
         return (1 - self.strength) / n + self.strength * recency / recency.sum()
 
@@ -90,9 +95,11 @@ class SyntheticWorld:
                                  seed: int = 0) -> np.ndarray:
         """p(next | the set of the history's items): p averaged over the orders it could have had.
 
-        Orders are drawn one item at a time in proportion to the generator's own probabilities among
-        the set's remaining items; an order's weight is the product of what those probabilities
-        summed to, so the weighted mean is a consistent estimate.  (B, n) -> (B, N)
+        This is the best prediction of a recommender that knows which items were chosen, but not
+        when. Orders are drawn one item at a time in proportion to the generator's own probabilities
+        among the set's remaining items. An order's weight is the product of what those
+        probabilities summed to, so the weighted mean is a consistent estimate (importance
+        sampling).  (B, n) -> (B, N)
         """
         rng = np.random.default_rng([seed, 2])
         B, n = histories.shape
@@ -114,7 +121,9 @@ class SyntheticWorld:
                 draw = rng.random((samples, 1)) * cumulative[:, -1:]
                 order[:, t] = (cumulative <= draw).sum(axis=1).clip(max=n - 1)
                 np.put_along_axis(chosen, order[:, t:t + 1], True, axis=1)
-            # p(next | order) = Σ_k w_k q(next | item_k) / Z(order) is linear in w_k / Z: average it
+
+            # p(next | order) = Σ_k w_k q(next | item_k) / Z(order) is linear in w_k / Z(order), so
+            # it suffices to average these n numbers over the orders.
             w = np.zeros((samples, n))
             np.put_along_axis(w, order, np.broadcast_to(self.weights(n), w.shape), axis=1)
             w /= 1 - (w @ among[b]).sum(axis=1, keepdims=True)
@@ -125,7 +134,11 @@ class SyntheticWorld:
         return p / p.sum(axis=1, keepdims=True)
 
     def interactions(self, users: int = 6_000, seed: int = 0) -> Interactions:
-        """Draw users: first item, then next items from p; starts spread over a year, days apart."""
+        """Draw users, each item after the first from p.
+
+        Users start at any time of a year, and their items are a day apart on average, so a split by
+        time has users of all kinds on both sides.
+        """
         if users < 1:
             raise ValueError(f"{users} users; wanted at least 1")
         rng = np.random.default_rng([seed, 3])
@@ -152,9 +165,10 @@ def oracle_rows(world: SyntheticWorld, histories, law: np.ndarray,
                 samples: int = 256) -> dict[str, Scores]:
     """What the best recommenders reach on these histories; law (n, N) is p(next | history).
 
-    "order-aware" ranks by the law itself. Its "reversed" row is the same recommender, misled by
-    reversed histories. "order-blind" ranks by p averaged over the orders that the items could have
-    had, which is estimated from sampled orders.
+    "order-aware" ranks by the law itself, and no recommender has a larger mean. Its "reversed" row
+    is the same recommender, misled by reversed histories. "order-blind" ranks by p averaged over
+    the orders that the items could have had, which is estimated from sampled orders. What a model
+    reaches above that row, beyond the errors, it owes to order.
     """
     histories = [np.asarray(h) for h in histories]
     sizes = np.array([len(h) for h in histories])

@@ -1,19 +1,23 @@
-"""evaluate.py: beam search against brute force, grounding, lists, metrics, floors, oracle."""
+"""evaluate.py: beam search against brute force, grounding, lists, metrics, reversal, the table."""
 
 import itertools
 import math
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from conftest import TITLES, small_config
 
+import evaluate
 from cetrec import TemporalLlama
-from data import IGNORE, NO_ITEM, encode_example, make_sequences, split_by_time
-from evaluate import (METRICS, Decoding, GroundedBeams, Lists, beam_search, clean, embed_titles,
-                      evaluate_order, format_table, ground, hit_ratio, list_values, merge_lists,
-                      ndcg, nearest, prefill, relative_change, summarise)
-from llama import Llama
+from data import IGNORE, NO_ITEM, Interactions, encode_example, make_sequences, split_by_time
+from evaluate import (METRICS, Beams, Decoding, Ended, GroundedBeams, Lists, beam_search, clean,
+                      embed_titles, evaluate_order, format_table, ground, hit_ratio, list_values,
+                      merge_lists, ndcg, nearest, prefill, prompts_by_length, relative_change,
+                      summarise)
+from llama import Llama, save_llama
+from lora import add_lora, without_factors
 from support.synthetic import SyntheticWorld
 
 EOS = 4
@@ -29,13 +33,15 @@ def toy():
     return TemporalLlama(model, "rope").eval()
 
 
-def log_likelihood(model, prompt, continuation) -> float:
-    tokens = torch.tensor([prompt[0] + continuation])
-    item_pos = torch.tensor([prompt[1] + [NO_ITEM] * len(continuation)])
+def log_likelihoods(model, prompt, answers) -> list[float]:
+    """log p(answer | prompt) of every answer, each in a row of its own and without a cache."""
+    n, width = len(prompt[0]), max(map(len, answers))
+    tokens = torch.tensor([prompt[0] + a + [0] * (width - len(a)) for a in answers])
+    item_pos = torch.tensor([prompt[1] + [NO_ITEM] * width] * len(answers))
     with torch.no_grad():
-        log_p = model.logits(model(tokens, item_pos)).log_softmax(-1)[0]
-    n = len(prompt[0])
-    return sum(log_p[n + i - 1, token].item() for i, token in enumerate(continuation))
+        log_p = model.logits(model(tokens, item_pos)).log_softmax(-1)
+    return [sum(row[n + i - 1, token].item() for i, token in enumerate(answer))
+            for row, answer in zip(log_p, answers)]
 
 
 def all_answers(longest, shortest):
@@ -48,8 +54,8 @@ def all_answers(longest, shortest):
         yield list(words)
 
 
-PROMPTS = [([1, 2, 0, 3], [NO_ITEM, 1, 0, NO_ITEM]), ([2, 2], [NO_ITEM, 0]), ([0, 1, 3, 3, 2, 1,
-                                                                               0], [NO_ITEM] * 7)]
+PROMPTS = [([1, 2, 0, 3], [NO_ITEM, 1, 0, NO_ITEM]), ([2, 2], [NO_ITEM, 0]),
+           ([0, 1, 3, 3, 2, 1, 0], [NO_ITEM] * 7)]
 
 
 @pytest.mark.parametrize("shortest", [0, 2])
@@ -60,8 +66,9 @@ def test_beam_search_with_room_for_everything_equals_brute_force(toy, penalty, s
     found, scores = beam_search(toy, PROMPTS, W, max_new_tokens=3, min_new_tokens=shortest,
                                 length_penalty=penalty, eos_ids=[EOS])
     for prompt, sequences, values in zip(PROMPTS, found, scores):
-        exact = sorted(((log_likelihood(toy, prompt, a) / len(a) ** penalty, a)
-                        for a in all_answers(3, shortest)), reverse=True)[:10]
+        answers = list(all_answers(3, shortest))
+        exact = sorted(((log_p / len(a) ** penalty, a) for log_p, a in zip(
+            log_likelihoods(toy, prompt, answers), answers)), reverse=True)[:10]
         assert sequences[:10] == [a for _, a in exact]
         torch.testing.assert_close(values[:10], torch.tensor([s for s, _ in exact]), rtol=1e-4,
                                    atol=1e-4)
@@ -71,13 +78,10 @@ def reference_beam(model, prompt, W, longest, shortest, penalty):
     """The stated rules for one prompt, without cache, step by step."""
     alive, heap = [(0.0, [])], []
     for g in range(1, longest + 1):
-        options = []
-        for _, words in alive:
-            for token in range(5):
-                if token == EOS and len(words) < shortest:
-                    continue
-                options.append((log_likelihood(model, prompt, [*words, token]), [*words, token]))
-        options.sort(key=lambda option: -option[0])
+        longer = [[*words, token] for _, words in alive for token in range(5)
+                  if token != EOS or len(words) >= shortest]
+        options = sorted(zip(log_likelihoods(model, prompt, longer), longer),
+                         key=lambda option: -option[0])
         alive = []
         for rank, (total, words) in enumerate(options[:2 * W]):
             if words[-1] == EOS:
@@ -112,11 +116,10 @@ def test_narrow_beams_follow_the_stated_rules_and_batches_change_nothing(toy, W,
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 @pytest.mark.parametrize("W, eos", [(1, [7]), (5, [7]), (10, [7]), (5, [7, 9])])
 def test_beam_search_equals_transformers_generate(tmp_path, llama, W, eos, penalty, shortest):
-    """Same weights, a batch of prompts of different lengths, and answers that end early and late:
-    the EOS row of the output matrix is made likely.
+    """The weights are the same, the prompts differ in length, and answers end early and late,
+    because EOS is made likely by its row of the output matrix.
     """
     transformers = pytest.importorskip("transformers")
-    from llama import save_llama
     llama.lm_head.weight.data[7] = 1.5 * llama.lm_head.weight.data[[7, 9, 30]].sum(dim=0)
     save_llama(llama, tmp_path)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -153,6 +156,32 @@ def test_eos_comes_no_earlier_than_the_fifth_token_by_default(toy):
     assert any(EOS in sequence for beams in found for sequence in beams)
 
 
+def test_one_step_of_two_beams_by_hand():
+    """Word 2 is EOS. The first beam goes on to 0 and the second to 1; both ends are reported."""
+    alive = Beams(1, 2, "cpu")
+    total, tokens, ends = alive.advance(torch.tensor([[[-1.0, -3, -2]] * 2]), torch.tensor([2]))
+    assert total[0].tolist() == [-1, -2, -3] + [-math.inf]      # only the first beam has begun
+    assert tokens[0, :3, 0].tolist() == [0, 2, 1] and ends[0, :3].tolist() == [False, True, False]
+    assert alive.sums.tolist() == [[-1, -3]] and alive.parent.tolist() == [[0, 0]]
+    assert alive.ancestors.int().tolist() == [[[1, 0], [0, 1]]]
+
+    log_p = torch.tensor([[[-9.0, -8, -7], [-0.5, -1, -1.5]]])
+    total, tokens, ends = alive.advance(log_p, torch.tensor([2]))
+    assert total[0].tolist() == [-3.5, -4, -4.5, -8] and ends[0].tolist() == [False, False, True,
+                                                                              True]
+    assert tokens[0].tolist() == [[1, 0], [1, 1], [1, 2], [0, 2]]
+    assert alive.parent.tolist() == [[1, 1]] and alive.tokens[0].tolist() == [[1, 0], [1, 1]]
+    assert alive.ancestors.int().tolist() == [[[0, 1, 1, 0], [0, 1, 0, 1]]]
+
+
+def test_kept_answers_stay_sorted_and_an_earlier_one_wins_a_tie():
+    ended = Ended(1, 2, "cpu")
+    ended.add(torch.tensor([[-2.0, -math.inf]]), torch.tensor([[[7], [8]]]))
+    assert ended.answers(0) == [[7]]
+    ended.add(torch.tensor([[-1.0, -2]]), torch.tensor([[[1, 2], [3, 4]]]))
+    assert ended.answers(0) == [[1, 2], [7]] and ended.scores.tolist() == [[-1, -2]]
+
+
 @pytest.mark.parametrize("arguments", [{"beams": 0}, {"max_new_tokens": 0}, {"prompts": []}])
 def test_beam_search_refuses_nothing_to_do(toy, arguments):
     with pytest.raises(ValueError, match="wanted at least one of each"):
@@ -169,13 +198,26 @@ def test_grounding_finds_each_catalogue_title_at_distance_0(temporal, kind):
     quoted = ground(model, [f' "{t}" ' for t in TITLES], TITLES)
     assert quoted[:, 0].tolist() == list(range(len(TITLES)))
     table = embed_titles(model, TITLES)
-    assert (embed_titles(model, TITLES) - table).abs().max() == 0
-    alone = torch.cat([embed_titles(model, [t]) for t in TITLES])
-    torch.testing.assert_close(alone, table, rtol=1e-4, atol=1e-5)
+    for rows in (1, 5):
+        torch.testing.assert_close(embed_titles(model, TITLES, rows), table, rtol=1e-4, atol=1e-5)
+    for title, vector in zip(TITLES, table):        # BOS, the bare title, and nothing of an item
+        tokens = torch.tensor([model.tokenizer.bpe.encode(title).ids])
+        with torch.no_grad():
+            hidden = model(tokens, torch.full_like(tokens, NO_ITEM))
+        torch.testing.assert_close(vector, hidden[0, -1], rtol=1e-4, atol=1e-5)
 
 
-def test_an_empty_answer_is_grounded_somewhere(temporal):
+def test_an_empty_answer_is_grounded_as_eos(temporal):
     model = temporal()
+    eos = torch.tensor([model.tokenizer.eos_ids[:1]])
+    model.tokenizer.bpe.post_processor, usual = (
+        tokenizers.processors.Sequence([]), model.tokenizer.bpe.post_processor)
+    try:
+        with torch.no_grad():
+            torch.testing.assert_close(embed_titles(model, ['" "'])[0],
+                                       model(eos, torch.full_like(eos, NO_ITEM))[0, 0])
+    finally:
+        model.tokenizer.bpe.post_processor = usual
     assert sorted(ground(model, [""], TITLES)[0].tolist()) == list(range(len(TITLES)))
 
 
@@ -185,18 +227,20 @@ def test_nearest_by_hand_with_ties_by_item_id():
 
 
 def test_distances_keep_the_digits_that_decide():
-    """A common component of 1,000 beside differences of 0.001: a² + b² - 2ab in float32 sees
-    nothing."""
-    torch.manual_seed(0)
-    table = 1_000 + 0.001 * torch.randn(50, 64).double()
-    query = table[17:18] + 1e-6
-    exact = (query - table).norm(dim=-1)
-    assert nearest(query.float(), table.float())[0, 0] == int(exact.argmin()) == 17
+    """Beside a common component of 1,000 there are differences of 0.01, of which a² + b² - 2ab in
+    float32 sees nothing. Distances in float64 are the reference."""
+    table = (1_000 + 0.01 * torch.randn(50, 64).double()).float()
+    queries = table[[17, 3]] + 0.001
+    exact = (queries.double()[:, None] - table.double()[None]).norm(dim=-1)
+    assert nearest(queries, table).tolist() == exact.argsort(dim=1).tolist()
+    assert exact.argmin(dim=1).tolist() == [17, 3]
 
 
 def test_d7_merged_list_is_round_robin_with_first_occurrence_kept():
     assert merge_lists([[3, 1, 2, 0], [3, 2, 1, 0], [0, 1, 2, 3]]) == [3, 0, 1, 2]
     assert merge_lists([[3, 1, 2, 0], [3, 2, 1, 0]], exclude=[3, 2], length=2) == [1, 0]
+    assert merge_lists([[5, 1], [4, 2]], exclude=range(9)) == []
+    assert merge_lists([range(20), range(20, 40)]) == [0, 20, 1, 21, 2, 22, 3, 23, 4, 24]
 
 
 def test_clean_takes_spaces_and_quotes_off():
@@ -238,6 +282,34 @@ def test_free_beams_are_grounded_merged_and_rid_of_the_history(temporal, ground_
     assert np.isnan(kept.log_p).all()
 
 
+def test_prompts_come_by_length_each_once_with_its_own_ages(temporal):
+    model, ages = temporal(), [[3.5, 1.0, 0.0], [9.0, 8.0, 2.5, 1.5, 0.5], [4.0, 3.0, 2.0, 1.0]]
+    made = list(prompts_by_length(model, TITLES, "movies", HISTORIES, ages, 2, ""))
+    assert [len(chunk) for chunk, _ in made] == [2, 1]
+    sizes = [len(tokens) for _, prompts in made for tokens, _ in prompts]
+    assert sizes == sorted(sizes) and len(set(sizes)) > 1
+    rows = [(i, prompt) for chunk, prompts in made for i, prompt in zip(chunk, prompts)]
+    assert sorted(i for i, _ in rows) == [0, 1, 2]
+    for i, (tokens, item_pos) in rows:
+        e = encode_example(model.tokenizer, [TITLES[item] for item in HISTORIES[i]], None,
+                           ages=ages[i])
+        assert (tokens, item_pos) == (e.tokens, e.item_pos) and ages[i][0] in item_pos
+
+
+def test_d12_answers_may_be_as_short_as_the_shortest_title_and_little_longer_than_the_longest(
+        temporal, monkeypatch):
+    asked, search = [], evaluate.beam_search
+    monkeypatch.setattr(evaluate, "beam_search", lambda *args: (asked.append(args[2:]),
+                                                                search(*args))[1])
+    for titles in (TITLES, TITLES[:2], [*TITLES, "a b c d e " * 20]):
+        model = temporal()
+        sizes = [len(answer_of(model, title)) - 1 for title in titles]          # without EOS
+        GroundedBeams(model, titles, "movies", Decoding(beams=2, length_penalty=0.5))([[0, 1]])
+        assert asked.pop() == (2, min(128, max(sizes) + 8), min(4, min(sizes)), 0.5,
+                               model.tokenizer.eos_ids)
+    assert min(len(answer_of(model, title)) - 1 for title in TITLES) < 4 and max(sizes) > 120
+
+
 def test_a_long_history_does_not_run_out_of_neighbours(temporal):
     model, titles = temporal(), [f"{t} {i}" for i in (1, 2) for t in TITLES]
     long = list(range(1, 16))
@@ -247,16 +319,25 @@ def test_a_long_history_does_not_run_out_of_neighbours(temporal):
 
 
 def test_d11_base_weights_ground_without_the_factors(temporal):
-    from lora import add_lora
+    """Titles and texts are embedded without them; the texts themselves come from the tuned model.
+    """
     model = temporal()
     plain = embed_titles(model, TITLES)
     for p in add_lora(model, dropout=0.0):
         p.data.normal_(std=0.5)
-    tables = {how: GroundedBeams(model, TITLES, "movies", Decoding(ground_with=how)).table
-              for how in ("base", "tuned")}
-    torch.testing.assert_close(tables["base"], plain)
-    torch.testing.assert_close(tables["tuned"], embed_titles(model, TITLES))
-    assert not torch.allclose(tables["tuned"], plain)
+    makers = {how: GroundedBeams(model, TITLES, "movies", Decoding(
+        beams=2, ground_with=how, exclude_history=False)) for how in ("base", "tuned")}
+    torch.testing.assert_close(makers["base"].table, plain)
+    torch.testing.assert_close(makers["tuned"].table, embed_titles(model, TITLES))
+    assert not torch.allclose(makers["tuned"].table, plain)
+    answers, _ = beam_search(model, prompts_of(model, HISTORIES[:1]), 2, makers["base"].longest,
+                             makers["base"].shortest, eos_ids=model.tokenizer.eos_ids)
+    texts = [model.tokenizer.decode(answer) for answer in answers[0]]
+    with without_factors(model):
+        by_base = merge_lists(ground(model, texts, TITLES).tolist())
+    made = {how: maker(HISTORIES[:1]).items[0].tolist() for how, maker in makers.items()}
+    assert made["base"] == by_base
+    assert made["tuned"] == merge_lists(ground(model, texts, TITLES).tolist()) != by_base
 
 
 def test_a_hundred_thousand_titles_are_ranked_in_bounded_pieces(monkeypatch):
@@ -337,7 +418,7 @@ def test_a_list_is_worth_the_metric_at_the_rank_of_the_answer():
     ranks = np.array([0, 4, 5, 9, 99])
     for column, metric in zip(ranked(*ranks).T, METRICS.values()):
         np.testing.assert_allclose(column, metric(ranks))
-    assert (list_values(np.array([[3, -1, -1]]), np.array([-1 + 9])) == 0).all()
+    assert (list_values(np.array([[3, -1, -1]]), np.array([8])) == 0).all()
 
 
 def test_a_list_is_worth_the_expectation_where_the_law_is_known():
@@ -358,7 +439,9 @@ def test_standard_errors_by_hand():
 def test_change_under_reversal_is_paired_and_in_per_cent():
     before, after = ranked(0, 0, 0, 99), ranked(0, 99, 99, 99)
     change, error = relative_change(before, after)["HR@5"]
-    assert change == pytest.approx(-200 / 3) and error > 0
+    assert change == pytest.approx(-200 / 3)
+    # The residuals after - before / 3 are 2/3, -1/3, -1/3 and 0, whose variance is 2/9.
+    assert error == pytest.approx(100 * math.sqrt(2 / 9 / 4) / 0.75)
     assert relative_change(before, before)["HR@5"] == (0.0, 0.0)
     assert math.isnan(relative_change(ranked(99, 99), ranked(0, 0))["HR@5"][0])
 
@@ -369,9 +452,8 @@ def test_the_standard_error_of_a_change_matches_resampling():
     after = np.where(rng.random(400) < 0.4, before, rng.integers(0, 200, 400))
     picks = rng.integers(0, 400, (2_000, 400))
     resampled = [hit_ratio(after[p], 5).mean() / hit_ratio(before[p], 5).mean() - 1 for p in picks]
-    values = ranked(*before), ranked(*after)
-    assert relative_change(*values)["HR@5"][1] == pytest.approx(100 * np.std(resampled),
-                                                                      rel=0.1)
+    error = relative_change(ranked(*before), ranked(*after))["HR@5"][1]
+    assert error == pytest.approx(100 * np.std(resampled), rel=0.1)
 
 
 def test_evaluation_reads_histories_forward_backward_and_shuffled():
@@ -397,18 +479,45 @@ def test_evaluation_reads_histories_forward_backward_and_shuffled():
     np.testing.assert_array_equal(arrays["target"], test.items[test.targets])
     np.testing.assert_array_equal(arrays["values/beams/original"][:, 0], hits)
     assert arrays["history"][0, :len(original[0])].tolist() == original[0]
+    assert (arrays["history"] == -1).sum() == sum(10 - len(h) for h in original)
+    np.testing.assert_array_equal(arrays["sequence"], test.targets)
+    np.testing.assert_array_equal(arrays["lists/beams/reversed"], [np.arange(10)] * len(test))
+    assert arrays["valid/beams/shuffled"].shape == (len(test), 2)
     law = world.law(original)
     valued, _ = evaluate_order({"beams": pretend}, test, law)
     assert valued["beams"]["HR@5"][0] == pytest.approx(law[:, :5].sum(axis=1).mean())
 
 
+def test_recommenders_get_the_ages_of_items_where_k_is_read_off_the_clock():
+    """Each order gets the ages of the places, so that the newest place keeps age 0 (D15)."""
+    x = Interactions(np.zeros(4, dtype=int), np.arange(4), np.array([0, 2, 3, 10]) * 86_400,
+                     list("abcd"))
+    got = []
+    for index in ("rank", "time"):
+        sequences = make_sequences(x, index=index)
+        evaluate_order({"beams": lambda given, ages, progress: (
+            got.append(ages), Lists.empty(len(given)))[1]}, sequences)
+    assert got[:3] == [None] * 3
+    assert [list(map(list, ages)) for ages in got[3:]] == [[[3.0, 1.0, 0.0]]] * 3
+
+
 def test_the_table_has_a_line_per_row_and_a_column_per_metric():
-    values = ranked(0, 3, 7, 99)
-    change = {name: (-33.25, 2.5) for name in METRICS}
-    head, first, second, third = format_table({
-        "co-occurrence, whole history": summarise(values), "x | reversed": summarise(values),
-        "x | change, reversed": change}).splitlines()
-    assert head.split() == list(METRICS)
-    assert first.startswith("co-occurrence, whole history") and "0.5000 ± 0.2887" in first
-    assert second.startswith("  reversed ") and third.startswith("  change, reversed ")
-    assert "-33.2 ± 2.5 %" in third and max(map(len, (head, first, second, third))) <= 100
+    values = summarise(ranked(0, 3, 7, 99))
+    change = dict.fromkeys(METRICS, (-33.25, 2.5))
+    rows = {}
+    for name in ("5 beams, grounded", "10 beams on titles", "all titles scored"):
+        rows |= {name: values}
+        for order in ("reversed", "shuffled"):
+            rows |= {f"{name} | {order}": values, f"{name} | change, {order}": change}
+    rows |= dict.fromkeys(("popularity", "co-occurrence, newest item",
+                           "co-occurrence, whole history", "best, order-aware",
+                           "best, order-aware | reversed", "best, order-blind"), values)
+    head, *lines = format_table(rows).splitlines()
+    assert head.split() == list(METRICS) and len(lines) == len(rows)
+    assert max(map(len, [head, *lines])) <= 100 and len(set(map(len, [head, *lines]))) == 1
+    first = ["5 beams, grounded", "  reversed", "  change, reversed", "  shuffled",
+             "  change, shuffled", "10 beams on titles"]
+    for line, name in zip(lines, first):
+        cell = "-33.2 ± 2.5 %" if "change" in name else "0.5000 ± 0.2887"
+        assert line.startswith(f"{name}  ") and line[len(name):].split("  ")[0] == ""
+        assert line[len(name):].strip().startswith(cell)

@@ -437,9 +437,9 @@ def test_few_steps_are_commented_at_the_end_unless_the_run_was_interrupted(tmp_p
     for steps in (99, 100):
         tune(journal(tmp_path, steps), steps, [1.0])
         (tmp_path / "checkpoint.safetensors").unlink()
-        last = capsys.readouterr().out.splitlines()[-1]
-        assert (last == "only 99 steps of tuning; more data, a smaller --batch-size, --epochs or "
-                        "--max-steps would help") == (steps == 99)
+        said = [line for line in capsys.readouterr().out.splitlines() if "only" in line]
+        assert said == [f"only {steps} steps of tuning; more data, a smaller --batch-size, "
+                        "--epochs or --max-steps would help"][steps // 100:]
     with pytest.raises(KeyboardInterrupt), journal(tmp_path, 5):
         raise KeyboardInterrupt
     assert "only" not in capsys.readouterr().out

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 import torch
 from conftest import TITLES, small_config
-from test_evaluate import HISTORIES, answer_of, log_likelihood, prompts_of
+from test_evaluate import HISTORIES, answer_of, log_likelihoods, prompts_of
 
 from cetrec import TemporalLlama
 from data import Tokenizer
