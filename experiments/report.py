@@ -267,40 +267,50 @@ def common_sequences(first: Run, run: Run) -> tuple[np.ndarray, np.ndarray]:
     return here, there
 
 
+def kind_table(runs: Sequence[Run], kind: str) -> str:
+    """What lists of one kind are worth, and what reversal changes: two lines for each run."""
+    rows = {}
+    for run in runs:
+        name, told = run.kinds[kind], f"{run.name}, {run.setting}"
+        rows[told] = run.record["rows"][name]
+        rows[f"{told} | change, reversed"] = run.record["rows"][f"{name} | change, reversed"]
+    return format_table(rows)
+
+
+def differences(first: Run, run: Run, kind: str) -> list[str]:
+    """Lines on what lists of one kind are worth in a run, minus what they are worth in the first.
+    """
+    here, there = common_sequences(first, run)
+    one = first.arrays[f"values/{first.kinds[kind]}/original"][here]
+    other = run.arrays[f"values/{run.kinds[kind]}/original"][there]
+    return [f"{run.name} minus {first.name} on the same {len(here):,} test sequences, with the 95 "
+            "% interval of a paired bootstrap"] + [
+            f"  {name:<8}{difference:+.4f}  [{low:+.4f}, {high:+.4f}]"
+            for name, (difference, low, high) in paired_bootstrap(one, other).items()]
+
+
 def compare(runs: Sequence[Run]) -> str:
     """What each run reached, and the differences to the first, paired, for each kind of list.
 
     Raises ValueError for runs that cannot be compared.
     """
-    first, lines = runs[0], []
-    protocols = list(dict.fromkeys(run.record["protocol"] for run in runs))
-    common = {run.name: common_sequences(first, run) for run in runs[1:]}
-    for run in runs if len(protocols) > 1 else [first]:
-        lines.append(f"{run.name} | " * (len(protocols) > 1) + run.record["protocol"])
-    for run in runs[1:]:
+    first, others = runs[0], runs[1:]
+    for run in others:
+        common_sequences(first, run)
         if not first.kinds.keys() & run.kinds.keys():
             raise ValueError(f"{run.name} has {', '.join(run.kinds)} and {first.name} has "
                              f"{', '.join(first.kinds)}: no lists of one kind; evaluate one of "
                              "them again with other --lists")
+    lines = [first.record["protocol"]]
+    if any(run.record["protocol"] != lines[0] for run in others):
+        lines = [f"{run.name} | {run.record['protocol']}" for run in runs]
     for kind in dict.fromkeys(kind for run in runs for kind in run.kinds):
         have = [run for run in runs if kind in run.kinds]
-        lines += ["", " / ".join(dict.fromkeys(run.kinds[kind] for run in have))]
-        rows = {}
-        for run in have:
-            name, told = run.kinds[kind], f"{run.name}, {run.setting}"
-            rows[told] = run.record["rows"][name]
-            rows[f"{told} | change, reversed"] = run.record["rows"][f"{name} | change, reversed"]
-        lines.append(format_table(rows))
-        for run in have if kind in first.kinds else []:
-            if run is first:
-                continue
-            here, there = common[run.name]
-            lines.append(f"{run.name} minus {first.name} on the same {len(here):,} test sequences, "
-                         "with the 95 % interval of a paired bootstrap")
-            one, other = (r.arrays[f"values/{r.kinds[kind]}/original"][rows]
-                          for r, rows in ((first, here), (run, there)))
-            lines += [f"  {name:<8}{difference:+.4f}  [{low:+.4f}, {high:+.4f}]" for
-                      name, (difference, low, high) in paired_bootstrap(one, other).items()]
+        lines += ["", " / ".join(dict.fromkeys(run.kinds[kind] for run in have)),
+                  kind_table(have, kind)]
+        if kind in first.kinds:
+            for run in have[1:]:
+                lines += differences(first, run, kind)
     return "\n".join(lines)
 
 
@@ -317,7 +327,8 @@ def drawings(runs: Sequence[Run], user: int) -> list[tuple[str, str, object]]:
     history = [item for item in runs[0].arrays["history"][user].tolist() if item >= 0]
     different: dict[tuple, Run] = {}                # runs of one setting share a picture
     for run in runs:
-        different.setdefault((run.options["temporal"], run.options["sinpe_scale"]), run)
+        setting = run.options["temporal"], run.options["sinpe_scale"], run.options["index"]
+        different.setdefault(setting, run)
     for run in different.values():
         drawn.append((f"temporal-{run.name}" if len(runs) > 1 else "temporal",
                       f"Temporal embedding of test sequence {user} in both worlds: "

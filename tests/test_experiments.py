@@ -320,6 +320,9 @@ def test_explain_shows_prompt_tokens_losses_and_five_titles_of_one_test_sequence
         [loss_ta, loss_ct, loss_ta + 0.1 * loss_ct], abs=2e-4)
     assert len(ROW.findall(text)) == 5 and f"* the answer: {answer}\n" in text
     assert_best_titles(text, model, history, test_set.titles, 5)
+    assert explain.main([str(run_folder), "7", "--no-exclude-history"]) == 0
+    kept, p = capsys.readouterr().out, title_p_by_hand(model, history, test_set.titles, False)
+    assert list(printed_lists(kept)[0]) == sorted(p, key=p.get, reverse=True)[:5]
 
 
 def test_sequences_are_counted_as_in_the_report_and_are_more_by_a_flag(run_folder, test_set,
@@ -496,6 +499,15 @@ def test_an_adapter_says_how_it_was_tuned(adapter, base, tmp_path, capsys, conte
     assert recommend.main([str(folder), CANYON, "--model", str(base), "--data",
                            "synthetic"]) == 2
     assert message in error_line(capsys)
+
+
+def test_an_adapter_of_sinpe_brings_its_scale(tmp_path):
+    saved = {"temporal": "sinpe", "scale": 0.25, "index": "order", "base": "0123"}
+    (tmp_path / "temporal.json").write_text(json.dumps(saved))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    options, adapter = recommend.outside_a_run(str(tmp_path), {"data": "synthetic", "model": "b"})
+    assert (options.temporal, options.sinpe_scale, options.model) == ("sinpe", 0.25, "b")
+    assert adapter == tmp_path
 
 
 @pytest.mark.parametrize("command, argument", [(explain, "3"), (recommend, CANYON)])
@@ -747,9 +759,11 @@ def test_runs_of_other_data_or_without_common_sequences_are_refused(runs, run_fo
     run, few = Run.from_folder(run_folder), Run.from_folder(runs / "few")
     with pytest.raises(ValueError, match="sets was tested on other data than synthetic-rope-1"):
         compare([run, Run.from_folder(runs / "sets")])
-    other = run.arrays["target"].copy()
-    other[7] = (other[7] + 1) % 300                     # one answer is another one
-    for changed in (replace(run, arrays=run.arrays | {"target": other}),
+    target, history = run.arrays["target"].copy(), run.arrays["history"].copy()
+    target[7] = (target[7] + 1) % 300                   # one answer is another one
+    history[7, 0] = (history[7, 0] + 1) % 300
+    for changed in (replace(run, arrays=run.arrays | {"target": target}),
+                    replace(run, arrays=run.arrays | {"history": history}),
                     replace(run, titles=[*run.titles[1:], "Heat"])):
         with pytest.raises(ValueError, match="other data"):
             compare([run, replace(changed, name="changed")])

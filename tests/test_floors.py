@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data import make_sequences, split_by_time
+from data import Interactions, make_sequences, split_by_time
 from support.floors import CountingFloors
 from support.synthetic import SyntheticWorld
 
@@ -24,9 +24,34 @@ def test_floors_equal_dense_counting():
                                    similarity[history[-1]])
         np.testing.assert_allclose(scores["co-occurrence, whole history"][row],
                                    similarity[history].sum(0))
-    masked = floors.scores(histories)
-    assert all(np.isneginf(masked[name][0][histories[0]]).all() for name in masked)
-    for name, lists in floors.lists(histories).items():
-        for ten, score in zip(lists, masked[name]):
-            order = sorted(range(25), key=lambda item, s=score: (-s[item], item))
-            assert ten.tolist() == order[:10]
+    for kept in (True, False):
+        for name, lists in floors.lists(histories, exclude_history=not kept).items():
+            for history, ten, score in zip(histories, lists, scores[name]):
+                order = sorted(range(25), key=lambda item, s=score: (-s[item], item))
+                assert ten.tolist() == [i for i in order if kept or i not in history][:10]
+
+
+def test_floors_by_hand():
+    """Two users saw a b c, and then d or e; a third saw c b a, and then d. Each item of a history
+    counts once with its answer."""
+    x = Interactions(np.repeat([0, 1, 2], 4), np.array([0, 1, 2, 3, 0, 1, 2, 4, 2, 1, 0, 3]),
+                     np.arange(12), list("abcdefghijklm"))
+    floors = CountingFloors(make_sequences(x), 13)
+    scores = floors.scores([[1, 0], [5]], exclude_history=False)
+    assert scores["popularity"][0].tolist() == [0, 0, 0, 2, 1] + [0] * 8
+    # Each of a, b, c meets d twice and e once; d is met 6 times, e 3 times, each of them 3 times.
+    to_d, to_e = 2 / np.sqrt(3 * 6), 1 / np.sqrt(3 * 3)
+    np.testing.assert_allclose(scores["co-occurrence, newest item"][0, [3, 4, 5]], [to_d, to_e, 0])
+    np.testing.assert_allclose(scores["co-occurrence, whole history"][0, [3, 4, 5]],
+                               [2 * to_d, 2 * to_e, 0])
+    assert floors.lists([[1, 0], [3]])["co-occurrence, whole history"].tolist() == [
+        [3, 4, 2, 5, 6, 7, 8, 9, 10, 11], [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]]
+
+
+def test_many_histories_are_served_as_few():
+    train = make_sequences(SyntheticWorld(items=25).interactions(40))
+    floors, histories = CountingFloors(train, 25), [[i % 25, (i + 7) % 25] for i in range(1_005)]
+    many, late = floors.lists(histories), floors.lists(histories[998:])
+    for name, lists in many.items():
+        assert lists.shape == (1_005, 10)
+        np.testing.assert_array_equal(lists[998:], late[name])

@@ -2,13 +2,15 @@
 
 import itertools
 import math
+import re
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from data import make_sequences
 from evaluate import METRICS
-from support.synthetic import SyntheticWorld, oracle_rows
+from support.synthetic import GENRES, SyntheticWorld, oracle_rows
 
 
 def brute_force_order_blind(world, history):
@@ -30,6 +32,38 @@ def test_next_distribution_by_hand():
     p[[4, 9]] = 0
     np.testing.assert_allclose(world.next_distribution(np.array([[4, 9]]))[0], p / p.sum())
     np.testing.assert_allclose(world.q.sum(axis=1), 1.0)
+
+
+def test_the_weights_of_a_history_by_hand():
+    """At s = 1/2 and decay 1/2, three items share one half evenly and the other as 1 : 2 : 4."""
+    world = SyntheticWorld(items=20, strength=0.5)
+    np.testing.assert_allclose(world.weights(3), [1 / 6 + 1 / 14, 1 / 6 + 2 / 14, 1 / 6 + 4 / 14])
+    np.testing.assert_allclose(SyntheticWorld(20, strength=1.0, decay=0.1).weights(2),
+                               [1 / 11, 10 / 11])
+
+
+def test_what_goes_with_an_item_by_hand():
+    """Titles tell franchise and genre, and 0.8 is the exponent of popularity."""
+    world = SyntheticWorld(items=70)
+    names = [title.rstrip("0123456789 ") for title in world.titles]
+    genres = [next(genre for genre, (nouns, _) in GENRES.items() if name.split()[1] in nouns)
+              for name in names]
+    assert len(set(names)) > len(set(genres)) == 6 and len(set(world.titles)) == 70
+    for i in (0, 33, 69):
+        expected = [0.6 * (names[j] == names[i]) / names.count(names[i])
+                    + 0.3 * (genres[j] == genres[i]) / genres.count(genres[i])
+                    + 0.1 * world.popularity[j] for j in range(70)]
+        np.testing.assert_allclose(world.q[i], expected)
+    popular = np.sort(world.popularity)[::-1]
+    np.testing.assert_allclose(popular / popular[0], 1 / np.arange(1, 71) ** 0.8)
+    assert popular.sum() == pytest.approx(1) and (np.diff(world.popularity) > 0).any()
+
+
+def test_a_large_world_has_different_titles_and_franchises_of_three_to_eight():
+    world = SyntheticWorld(items=3_000)
+    sizes = Counter(re.sub(r" \d$", "", title) for title in world.titles)
+    assert len(set(world.titles)) == 3_000
+    assert set(list(sizes.values())[:-1]) == {3, 4, 5, 6, 7, 8}     # the last one may be cut short
 
 
 def test_order_blind_estimate_equals_brute_force_over_all_orders():
@@ -71,6 +105,8 @@ def test_drawn_users_follow_the_stated_law():
 def test_impossible_worlds_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         SyntheticWorld(**arguments)
+    with pytest.raises(ValueError, match="0 users; wanted at least 1"):
+        SyntheticWorld().interactions(0)
 
 
 def test_the_law_of_histories_of_unequal_length_is_that_of_each():
@@ -79,14 +115,21 @@ def test_the_law_of_histories_of_unequal_length_is_that_of_each():
         np.testing.assert_allclose(p, world.next_distribution(np.array([history]))[0])
 
 
-def test_the_best_order_aware_list_is_worth_the_mass_of_its_items():
-    world, histories = SyntheticWorld(items=40), [[0, 1, 12]]
-    law = world.law(histories)
-    best = np.sort(law[0])[::-1][:10]
-    row = oracle_rows(world, histories, law, samples=8)["best, order-aware"]
-    assert row["HR@5"][0] == pytest.approx(best[:5].sum())
-    assert row["NDCG@10"][0] == pytest.approx(sum(
-        p / math.log2(rank + 2) for rank, p in enumerate(best)))
+def test_each_oracle_list_is_worth_the_mass_of_its_items_under_the_law():
+    """One history: what each oracle ranks by is found here by the other functions and by brute
+    force, and what its list is worth by adding up."""
+    world, history = SyntheticWorld(items=40), [0, 1, 12]
+    law = world.law([history])
+    ranked_by = {"best, order-aware": law[0],
+                 "best, order-aware | reversed": world.law([history[::-1]])[0],
+                 "best, order-blind": brute_force_order_blind(world, history)}
+    rows = oracle_rows(world, [history], law, samples=4_000)
+    for name, p in ranked_by.items():
+        best = law[0][sorted(range(40), key=lambda item, p=p: (-p[item], item))]
+        assert rows[name]["HR@5"][0] == pytest.approx(best[:5].sum())
+        assert rows[name]["NDCG@10"][0] == pytest.approx(sum(
+            chance / math.log2(rank + 2) for rank, chance in enumerate(best[:10])))
+    assert len({round(row["HR@5"][0], 6) for row in rows.values()}) == 3
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.0])
@@ -95,6 +138,7 @@ def test_the_oracle_bounds_are_ordered_and_meet_at_strength_0(strength):
     sequences = make_sequences(world.interactions(60))
     histories = [sequences.history(i) for i in range(len(sequences))]
     rows = oracle_rows(world, histories, world.law(histories), samples=64)
+    assert list(rows) == ["best, order-aware", "best, order-aware | reversed", "best, order-blind"]
     for name in METRICS:
         aware, blind, misled = (rows[f"best, {kind}"][name][0] for kind in (
             "order-aware", "order-blind", "order-aware | reversed"))

@@ -10,7 +10,7 @@ from conftest import TITLES, small_config
 from test_evaluate import HISTORIES, answer_of, log_likelihoods, prompts_of
 
 from cetrec import TemporalLlama
-from data import Tokenizer
+from data import Tokenizer, build_prompt
 from evaluate import beam_search
 from llama import Llama
 from support.trie import ExactTitles, TitleBeams, Trie, Walk, catalogue_log_likelihood
@@ -27,14 +27,74 @@ def catalogue_model(request, tokenizer, llama3_tokenizer):
 
 
 def brute_force(model, prompt, titles=TITLES) -> list[float]:
-    """log p of every title and EOS, one prompt and title at a time."""
-    return [log_likelihood(model, (list(prompt[0]), list(prompt[1])), answer_of(model, title))
-            for title in titles]
+    """log p of every title and EOS, each in a row of its own and without a cache."""
+    return log_likelihoods(model, prompt, [answer_of(model, title) for title in titles])
+
+
+@pytest.fixture
+def letters():
+    """The trie of "a", "a b" and "c" over single letters, and the token of each letter."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.train_from_iterator([], tokenizers.trainers.BpeTrainer(
+        vocab_size=257, special_tokens=["</s>"], show_progress=False,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())))
+    trie = Trie(Tokenizer(bpe, (0,)), ["a b", "c", "a"])
+    return trie, {letter: bpe.encode(letter).ids[0] for letter in 'abc "'} | {".": 0}
+
+
+def test_the_trie_of_three_titles_by_hand(letters):
+    """As Trie's docstring shows it. The items are "a b", "c" and "a", in this order."""
+    trie, code = letters
+    assert trie.token[1:].tolist() == [code[letter] for letter in '"a". b".c".']
+    assert trie.parent[1:].tolist() == [0, 1, 2, 3, 2, 5, 6, 7, 1, 9, 10]
+    assert trie.end.tolist() == [12, 12, 9, 5, 5, 9, 9, 9, 9, 12, 12, 12]
+    assert trie.below.tolist() == [3, 3, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert trie.leaf.tolist() == [8, 11, 4] and trie.longest == 6
+    rows, kids = trie.children(np.array([2, 4, 1]))
+    assert rows.tolist() == [0, 0, 2, 2] and kids.tolist() == [3, 5, 2, 9]
+    assert trie.child(np.array([2, 1]), np.array([code[" "], code["c"]])).tolist() == [5, 9]
+    assert sorted(trie.closed([0, 0])) == [5, 6, 7, 8] and trie.closed([]) == []
+    assert sorted(trie.closed([0, 2])) == [2, 3, 4, 5, 6, 7, 8]
+
+
+def test_pieces_of_the_trie_by_hand(letters):
+    """Nodes with children are 1 2 3 5 6 7 9 10. The path to the first of a piece comes before it.
+    """
+    pieces = list(letters[0].subtrees(3))
+    assert [(path, nodes.tolist()) for path, nodes, _ in pieces] == [
+        (0, [1, 2, 3]), (2, [1, 2, 5, 6, 7]), (1, [1, 9, 10])]
+    assert pieces[0][2].astype(int).tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    (_, nodes, ancestor), = letters[0].subtrees(8)
+    assert [nodes[row].tolist() for row in ancestor] == [
+        [1], [1, 2], [1, 2, 3], [1, 2, 5], [1, 2, 5, 6], [1, 2, 5, 6, 7], [1, 9], [1, 9, 10]]
+
+
+def test_a_walk_leaves_the_tokens_that_lead_to_open_nodes(letters):
+    """Prompt 0 bars item "c", prompt 1 bars nothing and has two beams at different nodes."""
+    trie, code = letters
+    walk, log_p = Walk(trie, [[1], []], 2), torch.randn(2, 2, 300)
+
+    def left(here):
+        out = walk.restrict(log_p[here], here)
+        kept = out > -math.inf
+        assert (out[kept] == log_p[here][kept]).all()
+        return [[set(row.nonzero()[:, 0].tolist()) for row in prompt] for prompt in kept]
+    assert left([0, 1]) == [[{code['"']}] * 2] * 2
+    walk.step([0, 1], torch.zeros(2, 2, dtype=torch.long), torch.full((2, 2), code['"']))
+    assert left([0, 1]) == [[{code["a"]}] * 2, [{code["a"], code["c"]}] * 2]
+    walk.step([1], torch.tensor([[1, 0]]), torch.tensor([[code["c"], code["a"]]]))
+    assert walk.nodes.tolist() == [[1, 1], [9, 2]]
+    assert left([1]) == [[{code['"']}, {code['"'], code[" "]}]]
+    walk.step([1], torch.tensor([[1, 1]]), torch.tensor([[code[" "], code['"']]]))
+    assert walk.nodes.tolist() == [[1, 1], [5, 3]] and left([1]) == [[{code["b"]}, {0}]]
 
 
 def test_the_trie_spells_every_title_and_nothing_else(catalogue_model):
     titles = [*TITLES, "Heat"]                      # the sixth title again
     trie = Trie(catalogue_model.tokenizer, titles)
+    assert len(trie.token) - 1 == len({tuple(answer_of(catalogue_model, title)[:n])
+                                       for title in titles for n in range(1, trie.longest + 1)})
     for item, title in enumerate(titles):
         path, node = [], trie.leaf[item]
         while node > 0:
@@ -74,6 +134,40 @@ def test_narrow_beams_on_the_trie_give_distinct_titles_without_the_history(catal
         np.testing.assert_allclose(log_p[items >= 0],
                                    np.array(brute_force(catalogue_model, prompt))[there], atol=1e-4)
         assert (np.diff(log_p[items >= 0]) <= 0).all()
+
+
+@pytest.mark.parametrize("kind", [TitleBeams, ExactTitles])
+def test_the_history_may_be_recommended_again_if_asked(temporal, kind):
+    model, (prompt,) = temporal(), prompts_of(temporal(), [[0, 1, 2]])
+    made = kind(model, TITLES, "movies", exclude_history=False)([[0, 1, 2]])
+    exact = np.array(brute_force(model, prompt))
+    assert set(made.items[0].tolist()) & {0, 1, 2} and len(set(made.items[0].tolist())) == 10
+    np.testing.assert_allclose(made.log_p[0], exact[made.items[0]], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [TitleBeams, ExactTitles])
+def test_histories_in_any_number_and_order_are_served_as_alone(temporal, kind):
+    """There are more than one chunk of them, of lengths 1 to 3, the longer ones first."""
+    titles, rng = TITLES[:6], np.random.default_rng(0)
+    histories = [rng.permutation(6)[:n].tolist() for n in (3, 2, 1) for _ in range(22)]
+    recommend = kind(temporal(), titles, "movies")
+    together = recommend(histories)
+    assert (together.items[:, :3] >= 0).all() and (together.items[:, 5:] == -1).all()
+    assert np.isnan(together.log_p[together.items == -1]).all()
+    for i in (0, 21, 30, 65):
+        alone = recommend([histories[i]])
+        assert together.items[i].tolist() == alone.items[0].tolist()
+        np.testing.assert_allclose(together.log_p[i], alone.log_p[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [TitleBeams, ExactTitles])
+def test_ages_reach_the_prompt(temporal, kind):
+    """Ages that are k itself change nothing, and others do (D15)."""
+    recommend = kind(temporal("sinpe"), TITLES, "movies")
+    usual, aged, timed = (recommend([[0, 1, 2]], ages).log_p[0] for ages in (
+        None, [[2.0, 1.0, 0.0]], [[900.0, 300.0, 0.0]]))
+    np.testing.assert_allclose(aged, usual, atol=1e-4)
+    assert np.abs(timed - usual).max() > 1e-3
 
 
 def test_items_of_one_title_share_its_place_and_are_excluded_each_by_itself(temporal):
@@ -126,10 +220,12 @@ def test_exact_work_is_linear_in_the_nodes_of_the_trie(temporal):
 
 
 def test_a_tokenizer_that_merges_prompt_and_answer_is_refused():
+    assert build_prompt([])[0].endswith("Response:\n")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.train_from_iterator(['Response:\n"Heat"'] * 9, tokenizers.trainers.BpeTrainer(
         vocab_size=300, special_tokens=["</s>"], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    with pytest.raises(ValueError, match="merges the prompt's end with the answer 'Heat'"):
+    with pytest.raises(ValueError, match="merges the prompt's end with the answer 'Heat'.*"
+                                         "Use --lists beams"):
         Trie(Tokenizer(bpe, (0,)), ["Heat"])
