@@ -15,7 +15,6 @@ Shapes: B batch, T tokens, C width, V vocabulary, M supervised tokens, A places 
 
 import argparse
 import os
-import platform
 import sys
 import time
 from dataclasses import dataclass
@@ -409,9 +408,9 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
                                  train_set.ages(0))
         print("a training prompt, each item ⟨marked⟩ with its index k\n"
               f"{show_prompt(model.tokenizer, example)}")
-    name = source.name if options.model == "tiny" else str(source)
-    record |= {"options": options.record(), "base": name, "settings": model.settings(),
-               "versions": {"python": platform.python_version(), "torch": torch.__version__,
+    record |= {"options": options.record(), "settings": model.settings(),
+               "base": source.name if options.model == "tiny" else str(source),
+               "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                             "numpy": np.__version__, "tokenizers": tokenizers.__version__}}
     if folder is None:
         folder = new_folder(out, f"{Path(options.data).resolve().name}-{options.temporal}")
@@ -420,13 +419,14 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
         check_same(folder, record)
     try:
         if tune:
-            steps, warmup = options.schedule(len(train_set))
+            epoch = options.epoch(train_set)
+            steps, warmup = options.schedule(len(epoch))
             trainable = sum(p.numel() for p in lora_parameters(model))
             print(f"tuning {trainable:,} parameters | temporal {options.temporal} | λ = "
                   f"{options.lambda_ct:g} | at most {steps:,} steps, {warmup} of them warm-up")
             how = Tuning(options.lambda_ct, options.lr, options.batch_size, steps, warmup,
                          options.seed, options.micro_batch)
-            record["tuning"] = train(model, train_set, valid_set.sample(1_000, options.seed), how,
+            record["tuning"] = train(model, epoch, valid_set.sample(1_000, options.seed), how,
                                      folder, None if options.model == "tiny" else options.model)
         test_set = test_set.sample(options.eval_sequences, options.seed)
         result, arrays = evaluate(model, train_set, test_set, world, options)

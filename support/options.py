@@ -11,7 +11,9 @@ import argparse
 import math
 from dataclasses import asdict, dataclass, field, fields
 
-from data import DOMAINS
+import numpy as np
+
+from data import DOMAINS, Sequences
 from evaluate import Decoding
 from lora import ALL_LINEAR, LoraConfig
 from support.datasets import FORMATS, SAMPLE, check_preparation
@@ -231,6 +233,14 @@ class Options:
         """How the paper's lists are made."""
         return Decoding(self.beams, self.length_penalty, self.ground_with, self.ground_list,
                         self.exclude_history)
+
+    def epoch(self, train_set: Sequences) -> Sequences:
+        """The sequences of an epoch: the training split, several times over if it is so small that
+        a pass has few steps. Tuning stops after an epoch that is no better, and after ten steps
+        that cannot be told."""
+        steps = math.ceil(len(train_set) / self.batch_size)
+        passes = max(1, self.least_steps // 6 // steps)
+        return train_set.select(np.tile(np.arange(len(train_set)), passes))
 
     def schedule(self, sequences: int) -> tuple[int, int]:
         """(all steps, those of warm-up) for so many training sequences.

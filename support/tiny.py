@@ -39,6 +39,7 @@ class TinyBase:
     warmup: int = 100
     weight_decay: float = 0.3
     epochs: int = 2
+    least_steps: int = 300          # small data get more epochs
     max_sequences: int = 400_000    # training ends here on large data
 
 
@@ -125,7 +126,8 @@ def tiny_base(root: Path, train_set: Sequences, seed: int, device: torch.device,
 def pretrain(llama: Llama, tokenizer: Tokenizer, train_set: Sequences, seed: int,
              recipe: TinyBase) -> None:
     """Next-token training on titles, histories shuffled: linear warm-up, then linear decay."""
-    total = math.ceil(min(recipe.epochs * len(train_set), recipe.max_sequences) / recipe.batch_size)
+    wanted = max(recipe.epochs * len(train_set), recipe.least_steps * recipe.batch_size)
+    total = math.ceil(min(wanted, recipe.max_sequences) / recipe.batch_size)
     optimizer = torch.optim.AdamW(llama.parameters(), lr=recipe.lr, betas=(0.9, 0.98),
                                   weight_decay=recipe.weight_decay)
     warmup = min(recipe.warmup, max(1, total // 2))

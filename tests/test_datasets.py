@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import re
 import threading
+import time
 import urllib.error
 import zipfile
 from dataclasses import replace
@@ -120,8 +121,12 @@ def test_times_are_read_as_each_format_means_them(tmp_path):
     ("0", 0), ("978300760", 978_300_760), ("978300760.9", 978_300_760), ("9.5e8", 950_000_000),
     ("2017-12-17", 1_513_468_800), ("2017-12-17T01:00:00+01:00", 1_513_468_800),
     ("2017-12-17 00:00:01", 1_513_468_801), ("2017-12-17T00:00:00Z", 1_513_468_800)])
-def test_timestamps_are_integers_floats_or_iso_dates(text, wanted):
+def test_timestamps_are_integers_floats_or_iso_dates(text, wanted, monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")              # the machine's time zone has no say
+    time.tzset()
     assert seconds(text) == wanted
+    monkeypatch.undo()
+    time.tzset()
 
 
 @pytest.mark.parametrize("text, message", [
@@ -286,10 +291,12 @@ def test_items_that_say_nothing_new_are_dropped_and_counted(tmp_path, kind, line
     assert x.titles == ["Heat (1995)", "Amélie (2001)"] and x.steps == steps
 
 
-def test_repeated_titles_become_unique_and_never_collide():
+def test_repeated_titles_become_unique_and_never_collide(tmp_path):
     assert unique_titles(["A", "B", "A", "A"]) == ["A", "B", "A [2]", "A [3]"]
     titles = unique_titles(["A", "A", "A [2]", "A"])
     assert titles[0] == "A" and titles[2] == "A [2]" and len(set(titles)) == 4
+    x = own(tmp_path, "user,item,time\nme,a,5\n", "item,title\na,Heat\nb,Heat\n")
+    assert x.titles == ["Heat", "Heat [2]"]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -602,6 +609,8 @@ def test_samples_take_whole_users_up_to_the_share_and_depend_on_the_seed():
     other = sample_of(ids, 0.5, np.random.default_rng(1))
     assert (other != sample_of(ids, 0.5, np.random.default_rng(0))).any()
     assert sample_of(ids, 1.0, np.random.default_rng(0)).all()
+    hundred = np.arange(100)                            # 0.29 * 100 is a little below 29 in floats
+    assert sample_of(hundred, 0.29, np.random.default_rng(0)).sum() == 29
 
 
 def crowd(users=60, items=40, each=25) -> Interactions:
