@@ -367,24 +367,23 @@ def evaluate(model: TemporalLlama, train_set: Sequences, test_set: Sequences,
     sequence."""
     histories = [test_set.history(i) for i in range(len(test_set))]
     law, kept = None if world is None else world.law(histories), options.exclude_history
-    common = model, test_set.titles, test_set.domain
     makers = {"beams": (f"{options.beams} beams, grounded", GroundedBeams, options.decoding()),
               "titles": ("10 beams on titles", TitleBeams, kept),
               "exact": ("all titles scored", ExactTitles, kept)}
-    rows, arrays = evaluate_order({name: make(*common, how) for name, make, how in
-                                   (makers[name] for name in options.lists)}, test_set, law)
+    recommenders = {name: make(model, test_set.titles, test_set.domain, how)
+                    for name, make, how in (makers[name] for name in options.lists)}
+    rows, arrays = evaluate_order(recommenders, test_set, law)
     targets, floors = arrays["target"], CountingFloors(train_set, len(test_set.titles))
     rows |= {name: summarise(list_values(items, targets, law))
              for name, items in floors.lists(histories, kept).items()}
     if world is not None:
         rows |= oracle_rows(world, histories, law)
     answers = answer_log_likelihood(model, test_set)
-    effect = mean_and_error(answers[:, 0] - answers[:, 1])
     valued = ", lists valued by the law of the world" if world is not None else ""
     arrays |= {"answers": answers, "popularity": floors.popularity, "seen": train_set.seen()}
     return {"protocol": f"{len(test_set):,} test sequences, {len(test_set.titles):,} candidates, "
             f"history {'excluded' if kept else 'kept'}{valued}", "rows": rows,
-            "effect": effect}, arrays
+            "effect": mean_and_error(answers[:, 0] - answers[:, 1])}, arrays
 
 
 def run(options: Options, out: Path, folder: Path | None = None, base: Path | None = None,
@@ -415,7 +414,7 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
     if folder is None:
         folder = new_folder(out, f"{Path(options.data).resolve().name}-{options.temporal}")
         write_json(folder / "run.json", record)
-    elif tune:
+    else:
         check_same(folder, record)
     try:
         if tune:
@@ -437,8 +436,8 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
 
 def finish(folder: Path, record: dict, arrays: dict, test_set: Sequences, tune: bool) -> None:
     """Write what was found, beside the run's own files if it was only evaluated, and print it."""
-    prefix = "" if tune else "eval-"
-    record["arrays"] = save_arrays(arrays, folder / f"{prefix}evaluation.safetensors")
+    record["arrays"] = save_arrays(
+        arrays, folder / ("evaluation.safetensors" if tune else "eval-evaluation.safetensors"))
     write_json(folder / "catalogue.json", {"domain": test_set.domain, "titles": test_set.titles})
     write_json(folder / ("run.json" if tune else "eval.json"), record)
     if tune:
@@ -454,11 +453,12 @@ def finish(folder: Path, record: dict, arrays: dict, test_set: Sequences, tune: 
 def main(argv: list[str] | None = None) -> int:
     """Parse and run. Returns the exit status."""
     ap = argparse.ArgumentParser(
-        prog="cetrec.py", allow_abbrev=False,
-        description="CETRec: tune a Llama so that the order of a history counts, then measure it.")
+        prog="cetrec.py", usage="cetrec.py [flags]", allow_abbrev=False,
+        description="CETRec: tune a Llama so that the order of a history counts, then measure it.",
+        epilog="docs/readings.md explains D1 to D15, what the paper leaves open.")
     add_flags(ap, Options, Where)
     given = parse(ap, argv)
-    out, resume, eval_only = (given.pop(name, None) for name in ("out", "resume", "eval_only"))
+    resume, eval_only = given.pop("resume", None), given.pop("eval_only", None)
 
     def work() -> None:
         if resume and eval_only:
@@ -467,7 +467,8 @@ def main(argv: list[str] | None = None) -> int:
             options, base = read_run(Path(folder), given, "--resume" if resume else "--eval-only")
             run(options, Path(folder).parent, Path(folder), base, tune=bool(resume))
         else:
-            run(Options.from_flags(given), Path(out or "runs"))
+            out = Path(given.pop("out", "runs"))
+            run(Options.from_flags(given), out)
     return exit_status(work)
 
 

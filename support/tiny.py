@@ -47,7 +47,7 @@ TINY_BASES = {      # data sets that are not named here take TinyBase()
     "synthetic": TinyBase(vocab_size=768, hidden_size=64, intermediate_size=192, lr=3e-3,
                           weight_decay=0.1, epochs=2),
     # 3,268 titles: with 8,192 words they would be two tokens each, and beams miss more of them
-    "movielens": TinyBase(vocab_size=16_384, epochs=1, max_sequences=32_000)}
+    "movielens": TinyBase(vocab_size=16_384, epochs=1)}
 TINY_BASES["ml-1m"] = TINY_BASES["movielens"]
 
 
