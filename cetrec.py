@@ -467,8 +467,7 @@ def main(argv: list[str] | None = None) -> int:
             options, base = read_run(Path(folder), given, "--resume" if resume else "--eval-only")
             run(options, Path(folder).parent, Path(folder), base, tune=bool(resume))
         else:
-            out = Path(given.pop("out", "runs"))
-            run(Options.from_flags(given), out)
+            run(out=Path(given.pop("out", "runs")), options=Options.from_flags(given))
     return exit_status(work)
 
 

@@ -145,10 +145,16 @@ def test_beam_search_equals_transformers_generate(tmp_path, llama, W, eos, penal
 
 
 def test_prompts_that_are_alike_or_begin_one_another_are_served_as_alone(toy):
-    """Of what is common at least the last token of each prompt is left to run by itself."""
-    prompts = [(tokens, [NO_ITEM] * len(tokens)) for tokens in ([1, 2, 0], [1, 2, 0], [1, 2, 0, 3])]
-    found, _ = beam_search(toy, prompts, 3, 5, 0, 1.0, [EOS])
-    assert found == [beam_search(toy, [p], 3, 5, 0, 1.0, [EOS])[0][0] for p in prompts]
+    """Of what is common at least the last token of each prompt is left to run by itself. A token is
+    common only if it belongs to the same place of the histories."""
+    alike = [(tokens, [NO_ITEM] * len(tokens)) for tokens in ([1, 2, 0], [1, 2, 0], [1, 2, 0, 3])]
+    moved = [([1, 2, 0], [NO_ITEM, k, NO_ITEM]) for k in (0, 3)]
+    for prompts in (alike, moved):
+        found, scores = beam_search(toy, prompts, 3, 5, 0, 1.0, [EOS])
+        alone = [beam_search(toy, [prompt], 3, 5, 0, 1.0, [EOS]) for prompt in prompts]
+        assert found == [answers for (answers,), _ in alone]
+        torch.testing.assert_close(scores, torch.cat([values for _, values in alone]))
+    assert not torch.allclose(*scores)
 
 
 def test_eos_comes_no_earlier_than_the_fifth_token_by_default(toy):
@@ -173,6 +179,15 @@ def test_one_step_of_two_beams_by_hand():
     assert tokens[0].tolist() == [[1, 0], [1, 1], [1, 2], [0, 2]]
     assert alive.parent.tolist() == [[1, 1]] and alive.tokens[0].tolist() == [[1, 0], [1, 1]]
     assert alive.ancestors.int().tolist() == [[[0, 1, 1, 0], [0, 1, 0, 1]]]
+
+
+def test_beams_go_on_where_several_ends_are_likelier_than_any_word():
+    """Words 2 and 3 are EOS, and the four best continuations of both beams end."""
+    alive, eos = Beams(1, 2, "cpu"), torch.tensor([2, 3])
+    for step in (1, 2):
+        alive.advance(torch.tensor([[[-4.0, -5, -1, -2]] * 2]), eos)
+        assert (alive.tokens < 2).all() and alive.tokens.shape == (1, 2, step)
+    assert alive.sums.tolist() == [[-8, -9]]
 
 
 def test_kept_answers_stay_sorted_and_an_earlier_one_wins_a_tie():

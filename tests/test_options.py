@@ -266,3 +266,23 @@ def test_the_tiny_base_on_small_data_tunes_as_long_as_the_synthetic_world():
     """100 sequences are one step of 128, so they are seen 300 times at most; 40,000 once."""
     options = Options.from_flags({"data": "mine"})
     assert options.schedule(100) == (300, 30) and options.schedule(40_000) == (313, 31)
+
+
+@pytest.mark.parametrize("argv, sequences, passes", [
+    ([], 100, 5), ([], 101, 4), ([], 10, 50), ([], 250, 2), ([], 251, 1), ([], 5, 50),
+    (["--epochs", "2"], 100, 1), (["--max-steps", "9"], 100, 1), (["--least-steps", "120"], 100, 2),
+    (["--least-steps", "0"], 100, 1)])
+def test_an_epoch_of_small_data_holds_them_several_times(argv, sequences, passes, world_splits):
+    """A sixth of the 300 steps, so that whether an epoch was better can be told: batches of 10."""
+    train_set = world_splits[0].select(slice(0, sequences))
+    options = Options.from_flags(flags("--batch-size", "10", *argv))
+    epoch = options.epoch(train_set)
+    assert len(train_set) == sequences and len(epoch) == passes * sequences
+    assert sorted(epoch.targets) == sorted(list(train_set.targets) * passes)
+    assert (epoch.targets[-sequences:] == train_set.targets).all()
+
+
+def test_a_hundred_sequences_in_all_are_tuned_on_for_300_steps_with_six_validations(world_splits):
+    options = Options.from_flags(flags("--batch-size", "10"))
+    epoch = options.epoch(world_splits[0].select(slice(0, 100)))
+    assert options.schedule(len(epoch)) == (6 * 50, 30) and len(epoch) == 50 * 10
