@@ -160,6 +160,7 @@ BAD_ROWS = {        # a line that is wrong in each format, and what is said abou
               ("{u'username': u'x', u'date': u'2017-12-17'}", "has no 'product_id'"),
               ("__import__('os').system('touch /tmp/owned')", "not a Python dict literal"),
               ("[" * 5_000, "not a Python dict literal"),
+              ("-" * 100_000 + "1", "not a Python dict literal"),
               ("{u'date': [], u'username': 1, u'product_id': u'1'}", "'list' object"),
               ("{u'date': '2017-12-17', u'username': [], u'product_id': u'1'}", "unhashable"),
               ("{u'username': u'x', u'product_id': u'1', u'date': u'17.12.'}", "timestamp '17")],
@@ -630,6 +631,9 @@ def test_steam_takes_users_with_20_games_then_a_third_of_users_and_games():
     assert re.search("750 interactions, 30 users", x.steps[0])
     assert re.search("250 interactions, 10 users", x.steps[1]) and len(x.titles) == 13
     assert len(prepare(crowd(), "steam", 1.0).steps) == 1
+    assert counts(prepare(crowd(each=20), "steam", 1.0))["users"] == 30
+    with pytest.raises(ValueError, match="nothing is left"):
+        prepare(crowd(each=19), "steam", 1.0)
     one, two = prepare(crowd(), "steam", seed=1), prepare(crowd(), "steam", seed=1)
     assert one.titles == two.titles != x.titles
 
@@ -652,7 +656,7 @@ def lastfm_rows() -> Interactions:
     """Four users tag four artists in file order 0..3, on other days; user 4 tags two."""
     triples = [(u, a, 12 * 10**8 + 86_400 * ((7 * a + u) % 5)) for u in range(4) for a in range(4)
                for _ in range(2)]
-    return rows(*triples, (4, 0, 12 * 10**8), (4, 4, 12 * 10**8), (0, 1, -10**8))
+    return rows(*triples, (4, 0, 12 * 10**8), (4, 4, 12 * 10**8), (0, 1, -10**8), (1, 1, 3 * 10**8))
 
 
 def test_lastfm_keeps_the_order_of_the_file_unless_told_to_take_the_dates():
@@ -667,7 +671,7 @@ def test_lastfm_keeps_the_order_of_the_file_unless_told_to_take_the_dates():
     with pytest.raises(ValueError, match="index 'time' wants data with times"):
         make_sequences(x, index="time")
     dated = prepare(lastfm_rows(), "lastfm", chronological=True)
-    assert dated.dated and dated.timestamps.min() == 12 * 10**8      # the row of 1966 is gone
+    assert dated.dated and dated.timestamps.min() == 12 * 10**8      # 1966 and 1979 are gone
     days = [(7 * a) % 5 for a in range(4)]
     assert make_sequences(dated, 3).history(0).tolist() == np.argsort(days)[:3].tolist()
     with pytest.raises(ValueError, match="--chronological goes with --data lastfm"):
