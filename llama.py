@@ -216,8 +216,8 @@ class KVCache:
     def make_room(self, new: int, rows: int) -> None:
         """Without gradients, let slots be written in place: there is a copy every 64 tokens only,
         instead of one each. With gradients, `join` must leave the old tensors as they are."""
-        full = self.layers and self.layers[0][0].shape[2] < self.length + new
-        if full and not torch.is_grad_enabled():
+        held, _, room, _ = self.layers[0][0].shape if self.layers else (rows, 0, math.inf, 0)
+        if (room < self.length + new or held != rows) and not torch.is_grad_enabled():
             for i, pair in enumerate(self.layers):
                 roomy = [x.new_empty(rows, x.shape[1], self.length + new + 64, x.shape[3])
                          for x in pair]
