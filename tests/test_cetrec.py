@@ -237,7 +237,7 @@ def test_training_lowers_the_loss_keeps_the_best_epoch_and_writes_it(tmp_path, t
     for line in steps:
         assert line["loss"] == pytest.approx(line["loss_ta"] + 0.1 * line["loss_ct"], abs=1e-5)
     kept = validation_loss(model, valid_set, 16)
-    assert kept == pytest.approx(min(result["validation_ta"]), abs=1e-5) and not model.training
+    assert kept == pytest.approx(min(result["validation_ta"]), abs=1e-5)
     again = temporal("rope")
     load_lora(again, tmp_path)
     assert validation_loss(again, valid_set, 16) == pytest.approx(kept)
@@ -247,16 +247,19 @@ def test_training_lowers_the_loss_keeps_the_best_epoch_and_writes_it(tmp_path, t
 def test_training_stops_after_an_epoch_without_a_better_validation_loss(tmp_path, temporal,
                                                                         world_splits, monkeypatch):
     train_set, valid_set, _ = world_splits
-    model, losses, states = temporal("none"), iter([3.0, 2.0, 2.5, 1.0]), []
+    model, losses, states, modes = temporal("none"), iter([3.0, 2.0, 2.5, 1.0]), [], []
     add_lora(model)
 
     def pretend(model, *rest):
         states.append([p.detach().clone() for p in lora_parameters(model)])
+        modes.append(model.training)
+        model.train(len(modes) == 3)        # the real one turns dropout off
         return next(losses)
     monkeypatch.setattr(cetrec, "validation_loss", pretend)
     result = train(model, train_set.select(slice(0, 32)), valid_set, tuning(18, lambda_ct=0.0),
                    tmp_path)
     assert result["validation_ta"] == [3.0, 2.0, 2.5] and result["steps"] == 6
+    assert modes == [True] * 3 and not model.training       # each epoch with dropout, the end not
     for p, best, last in zip(lora_parameters(model), states[1], states[2]):
         assert torch.equal(p, best) and not torch.equal(p, last)
     assert all(line["loss_ct"] is None for line in log_of(tmp_path) if "loss" in line)

@@ -163,8 +163,9 @@ def test_eos_comes_no_earlier_than_the_fifth_token_by_default(toy):
     assert any(EOS in sequence for beams in found for sequence in beams)
 
 
-def test_one_step_of_two_beams_by_hand():
-    """Word 2 is EOS. The first beam goes on to 0 and the second to 1; both ends are reported."""
+def test_two_steps_of_two_beams_by_hand():
+    """Word 2 is EOS. After one step the beams are 0 and 1; then both go on from 1. What ends is
+    reported and does not go on."""
     alive = Beams(1, 2, "cpu")
     total, tokens, ends = alive.advance(torch.tensor([[[-1.0, -3, -2]] * 2]), torch.tensor([2]))
     assert total[0].tolist() == [-1, -2, -3] + [-math.inf]      # only the first beam has begun
@@ -174,8 +175,8 @@ def test_one_step_of_two_beams_by_hand():
 
     log_p = torch.tensor([[[-9.0, -8, -7], [-0.5, -1, -1.5]]])
     total, tokens, ends = alive.advance(log_p, torch.tensor([2]))
-    assert total[0].tolist() == [-3.5, -4, -4.5, -8] and ends[0].tolist() == [False, False, True,
-                                                                              True]
+    assert total[0].tolist() == [-3.5, -4, -4.5, -8]
+    assert ends[0].tolist() == [False, False, True, True]
     assert tokens[0].tolist() == [[1, 0], [1, 1], [1, 2], [0, 2]]
     assert alive.parent.tolist() == [[1, 1]] and alive.tokens[0].tolist() == [[1, 0], [1, 1]]
     assert alive.ancestors.int().tolist() == [[[0, 1, 1, 0], [0, 1, 0, 1]]]
@@ -477,7 +478,7 @@ def test_evaluation_reads_histories_forward_backward_and_shuffled():
     def pretend(histories, ages=None, progress=""):
         seen.append([list(h) for h in histories])
         made = Lists.empty(len(histories), 2)
-        made.items[:] = np.arange(10)
+        made.items[:] = np.arange(10) + 5 * progress.endswith("reversed")
         return made
     rows, arrays = evaluate_order({"beams": pretend}, test)
     original, backward, shuffled = seen
@@ -486,14 +487,18 @@ def test_evaluation_reads_histories_forward_backward_and_shuffled():
     assert list(map(sorted, shuffled)) == list(map(sorted, original))
     hits = np.array([test.target(i) < 5 for i in range(len(test))])
     assert rows["beams"]["HR@5"][0] == pytest.approx(hits.mean()) and 0 < hits.mean() < 1
-    assert rows["beams | change, reversed"]["HR@5"][0] == 0.0
+    later = np.array([5 <= test.target(i) < 10 for i in range(len(test))])
+    assert rows["beams | reversed"]["HR@5"][0] == pytest.approx(later.mean())
+    assert rows["beams | change, reversed"]["HR@5"][0] == pytest.approx(
+        100 * (later.mean() / hits.mean() - 1)) and later.mean() != hits.mean()
+    assert rows["beams | change, shuffled"]["HR@5"] == (0.0, 0.0)
     assert list(rows) == ["beams", "beams | reversed", "beams | change, reversed",
                           "beams | shuffled", "beams | change, shuffled"]
     np.testing.assert_array_equal(arrays["target"], test.items[test.targets])
     np.testing.assert_array_equal(arrays["values/beams/original"][:, 0], hits)
     assert [row[row >= 0].tolist() for row in arrays["history"]] == original
     np.testing.assert_array_equal(arrays["sequence"], test.targets)
-    np.testing.assert_array_equal(arrays["lists/beams/reversed"], [np.arange(10)] * len(test))
+    np.testing.assert_array_equal(arrays["lists/beams/reversed"], [np.arange(5, 15)] * len(test))
     assert arrays["valid/beams/shuffled"].shape == (len(test), 2)
     law = world.law(original)
     valued, _ = evaluate_order({"beams": pretend}, test, law)

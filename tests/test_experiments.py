@@ -553,6 +553,7 @@ def test_a_title_may_repeat():
 
 def test_a_title_as_it_stands_is_never_ambiguous():
     assert resolve_titles(["Heat"], ["Heat (1995)", "Heat"]) == [1]
+    assert resolve_titles(["HEAT"], ["Heat", "HEAT"]) == [1]
 
 
 def test_an_article_in_front_goes_with_a_year():

@@ -93,6 +93,16 @@ def test_drawn_users_follow_the_stated_law():
     pair = (items[starts] == 3)
     second = np.bincount(items[starts + 1][pair], minlength=20) / pair.sum()
     np.testing.assert_allclose(second, world.next_distribution(np.array([[3]]))[0], atol=0.04)
+    # How much likelier the fourth item is after the three before it than after these reversed, in
+    # nats: its mean under the law is Σ p (log p - log p'), and it would be negative the wrong way.
+    history, fourth = items[starts[:, None] + np.arange(3)], items[starts + 3]
+    p, reverse = (world.next_distribution(h).clip(min=1e-300) for h in (history, history[:, ::-1]))
+    gain = np.log(p / reverse)
+    drawn, expected = gain[np.arange(len(fourth)), fourth], (p * gain).sum(axis=1).mean()
+    error = drawn.std() / math.sqrt(len(drawn))
+    assert abs(drawn.mean() - expected) < 4 * error and expected > 10 * error
+    days = np.diff(x.timestamps)[np.diff(x.users) == 0] / 86_400
+    assert days.min() >= 0 and days.mean() == pytest.approx(1, rel=0.02)
     lengths = np.bincount(x.users)
     assert lengths.min() == 4 and lengths.max() == 11
     for u in (0, 17, 4242):         # nothing twice in a history

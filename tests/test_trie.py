@@ -124,6 +124,19 @@ def test_wide_beams_on_the_trie_rank_all_titles_as_brute_force_does(catalogue_mo
                                    atol=1e-4)
 
 
+def test_beams_that_run_out_of_tokens_on_the_trie_give_whole_titles_only(temporal):
+    model = temporal()
+    trie, prompts = Trie(model.tokenizer, TITLES), prompts_of(model, HISTORIES)
+    sizes = sorted(len(answer_of(model, title)) for title in TITLES)
+    found, scores = beam_search(model, prompts, len(TITLES), sizes[6], 0, 0.0,
+                                model.tokenizer.eos_ids[:1],
+                                Walk(trie, [()] * len(prompts), len(TITLES)))
+    short = sorted(answer for answer in (answer_of(model, title) for title in TITLES)
+                   if len(answer) <= sizes[6])
+    assert [sorted(answers) for answers in found] == [short] * 3 and len(short) < len(TITLES)
+    assert ((scores > -math.inf).sum(dim=1) == len(short)).all()
+
+
 def test_narrow_beams_on_the_trie_give_distinct_titles_without_the_history(catalogue_model):
     made = TitleBeams(catalogue_model, TITLES, "movies")(HISTORIES)
     for history, items, log_p, prompt in zip(HISTORIES, made.items, made.log_p,
@@ -206,17 +219,20 @@ def test_exact_recommendation_is_the_order_of_all_scores(temporal):
         assert items.tolist() == order + [-1] * (10 - len(order))
 
 
-def test_exact_work_is_linear_in_the_nodes_of_the_trie(temporal):
-    """Each node goes through the model once, and at most one path to it for each piece."""
+def test_exact_work_is_linear_in_the_nodes_of_the_trie(temporal, monkeypatch):
+    """Each node goes through the model once, and at most one path to it for each piece. Logits are
+    made once for each node that has children."""
     model, titles = temporal(), [f"{t} {i}" for i in range(40) for t in TITLES]
-    trie, ran = Trie(model.tokenizer, titles), []
+    trie, ran, made, logits = Trie(model.tokenizer, titles), [], [], model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: (
+        made.append(hidden[..., 0].numel()), logits(hidden))[1])
     model.register_forward_pre_hook(lambda module, args: ran.append(args[0].shape[1]))
     catalogue_log_likelihood(model, prompts_of(model, HISTORIES[:1]), trie, 64)
     inner = int((trie.end - np.arange(len(trie.end)) > 1).sum()) - 1
     pieces = ran[1:]
     assert len(pieces) == math.ceil(inner / 64)
     assert inner <= sum(pieces) <= inner + len(pieces) * trie.longest
-    assert max(pieces) <= 64 + trie.longest
+    assert max(pieces) <= 64 + trie.longest and sum(made) == inner + 1      # and the prompt's end
 
 
 def test_a_tokenizer_that_merges_prompt_and_answer_is_refused():
