@@ -460,7 +460,7 @@ def format_table(rows: dict[str, Scores]) -> str:
     width = max(map(len, names.values()))
     lines = [" " * width + "".join(f"{metric:>17}" for metric in METRICS)]
     for row, values in rows.items():
-        cells = [f"{mean:+.1f} ± {error:.1f} %" if "change" in row else f"{mean:.4f} ± {error:.4f}"
-                 for mean, error in (values[metric] for metric in METRICS)]
+        how = "{:+.1f} ± {:.1f} %" if "change" in row.partition(" | ")[2] else "{:.4f} ± {:.4f}"
+        cells = [how.format(*values[metric]) for metric in METRICS]
         lines.append(f"{names[row]:<{width}}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines)

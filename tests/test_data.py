@@ -1,7 +1,8 @@
-"""data.py: windows, the split, prompts and spans, batches, the synthetic world, the report."""
+"""data.py: windows, the split, prompts and spans, batches, epochs, tokenizer files."""
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,9 @@ import tokenizers
 import torch
 from conftest import TITLES
 
-import data
-from data import (IGNORE, NO_ITEM, Interactions, Tokenizer, batches, build_prompt, collate,
-                  encode_example, make_sequences, show_prompt, split_by_time)
-from support.synthetic import SyntheticWorld
+from data import (IGNORE, NO_ITEM, Batch, Example, Interactions, Tokenizer, batches, build_prompt,
+                  check_context, collate, encode_example, encode_examples, make_sequences,
+                  show_prompt, split_by_time)
 
 
 def interactions(rows) -> Interactions:
@@ -20,47 +20,78 @@ def interactions(rows) -> Interactions:
     return Interactions(users, items, times, [str(i) for i in range(items.max() + 1)])
 
 
+@pytest.fixture(scope="module")
+def clocked() -> Interactions:
+    """200 users with 1 to 39 interactions each; no two at the same time."""
+    rng = np.random.default_rng(0)
+    users = np.repeat(np.arange(200), rng.integers(1, 40, 200))
+    return interactions(list(zip(rng.permutation(users), rng.integers(300, size=len(users)),
+                                 100_000 * rng.permutation(len(users)))))
+
+
+# ----------------------------------------------------------------------------------------------
+# Sequences and splits
+
+
 def test_windows_by_hand():
-    """User 9 out of order with a tie (file order decides), user 4 too short to give anything."""
-    x = interactions([(9, 0, 50), (4, 1, 1), (9, 2, 10), (9, 3, 50), (4, 5, 2), (9, 6, 60), (4, 7,
-                                                                                             3),
-                      (9, 8, 70)])
+    """User 9 is out of order and has a tie, which the file's order decides; user 4 is short."""
+    x = interactions([(9, 0, 50), (4, 1, 1), (9, 2, 10), (9, 3, 50), (4, 5, 2), (9, 6, 60),
+                      (4, 7, 3), (9, 8, 70)])
     s = make_sequences(x, min_history=2, max_history=3)
     assert [(s.history(i).tolist(), s.target(i)) for i in range(len(s))] == [
         ([1, 5], 7), ([2, 0], 3), ([2, 0, 3], 6), ([0, 3, 6], 8)]
     assert s.timestamps.tolist() == [3, 50, 60, 70]
     assert len(make_sequences(x)) == 2
+    assert s.select([3, 0]).seen().tolist() == [i in (0, 3, 6, 8, 1, 5, 7) for i in range(9)]
+    assert s.words(s.history(1)) == ["2", "0"]
 
 
-def test_histories_have_3_to_10_items_and_belong_to_one_user():
-    world = SyntheticWorld()
-    rng = np.random.default_rng(0)
-    rows = [(u, int(rng.integers(300)), int(rng.integers(1000))) for u in range(30)
-            for _ in range(rng.integers(1, 40))]
-    x = interactions(rows)
-    s = make_sequences(x)
+def test_histories_have_3_to_10_items_and_belong_to_one_user(clocked):
+    s = make_sequences(clocked)
     assert {len(s.history(i)) for i in range(len(s))} == set(range(3, 11))
-    assert len(s) == sum(max(0, c - 3) for c in np.bincount(x.users))
-    owner = np.sort(x.users)
+    assert len(s) == sum(max(0, c - 3) for c in np.bincount(clocked.users))
+    owner = np.sort(clocked.users)
     assert (owner[s.starts] == owner[s.targets]).all()
-    assert len(world.titles) == len(set(world.titles)) == 300
 
 
-def test_no_future_leaks_across_the_split():
-    x = SyntheticWorld().interactions(300)
-    train, valid, test = split_by_time(make_sequences(x))
-    total = len(train) + len(valid) + len(test)
+def test_no_future_leaks_across_the_split(clocked):
+    sequences = make_sequences(clocked)
+    train, valid, test = split_by_time(sequences)
+    total = len(sequences)
     assert len(train) == total * 8 // 10 and len(train) + len(valid) == total * 9 // 10
-    assert train.timestamps.max() <= valid.timestamps.min()
-    assert valid.timestamps.max() <= test.timestamps.min()
-    assert train.timestamps.max() < test.timestamps.min()
-    # every history item happened no later than its answer
-    order = np.lexsort((x.timestamps, x.users))
-    times = x.timestamps[order]
-    for part in (train, valid, test):
-        assert (times[part.targets - 1] <= part.timestamps).all()
+    assert len(train) + len(valid) + len(test) == total
+    assert train.timestamps.max() < valid.timestamps.min()
+    assert valid.timestamps.max() < test.timestamps.min()
+    for part in (train, valid, test):       # every history item happened before its answer
+        assert all((part.times[a:b] < part.times[b]).all()
+                   for a, b in zip(part.starts, part.targets))
     with pytest.raises(ValueError, match="9 sequences; wanted at least 10"):
         split_by_time(train.select(np.arange(9)))
+
+
+def test_a_sample_is_seeded_in_order_and_everything_for_0(clocked):
+    train = split_by_time(make_sequences(clocked))[0]
+    place = {target: i for i, target in enumerate(train.targets)}
+    drawn = [[place[target] for target in train.sample(500, seed).targets] for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] == sorted(set(drawn[0])) and len(drawn[0]) == 500
+    assert len(train) / 3 < np.mean(drawn[0]) < len(train) * 2 / 3      # not the first ones
+    assert train.sample(0, 3) is train.sample(len(train), 3) is train
+
+
+def test_ages_by_hand():
+    """log2(1 + days before the answer): 0, 1 and 7 days give 0, 1 and 3."""
+    day = 86_400
+    x = interactions([(1, 0, 0), (1, 1, 6 * day), (1, 2, 7 * day), (1, 3, 7 * day)])
+    timed = make_sequences(x, index="time")
+    assert timed.ages(0).tolist() == [3.0, 1.0, 0.0] and make_sequences(x).ages(0) is None
+    assert timed.history(0).tolist() == make_sequences(x).history(0).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="'time' wants data with times"):
+        make_sequences(replace(x, dated=False), index="time")
+
+
+# ----------------------------------------------------------------------------------------------
+# The prompt, its items and its answer
 
 
 PROMPT = """Below is an instruction that describes a task, paired with an input that provides \
@@ -120,6 +151,16 @@ def test_a_token_that_straddles_a_quote_belongs_to_the_item(llama3_tokenizer):
     assert (' "(', 1) in pieces and ')",' in {piece for piece, k in pieces if k == 2}, pieces
 
 
+def test_many_examples_are_the_same_as_one_at_a_time(llama3_tokenizer):
+    histories, targets = [HISTORY, HISTORY[2:5], TITLES[:3]], ["Ran", None, "Heat"]
+    ages = [None, [2.0, 0.5, 0.5], None]
+    assert encode_examples(llama3_tokenizer, histories, targets, "movies", ages) == [
+        encode_example(llama3_tokenizer, *one, "movies", age)
+        for *one, age in zip(histories, targets, ages)]
+    with pytest.raises(ValueError, match="shorter"):
+        encode_examples(llama3_tokenizer, histories, targets[:2])
+
+
 @pytest.mark.parametrize("which", ["tokenizer", "llama3_tokenizer"])
 def test_answer_labels_and_one_builder_for_training_and_inference(which, request):
     tokenizer = request.getfixturevalue(which)
@@ -133,25 +174,37 @@ def test_answer_labels_and_one_builder_for_training_and_inference(which, request
     assert set(trained.item_pos[n:]) == {NO_ITEM}
 
 
+# ----------------------------------------------------------------------------------------------
+# Batches and epochs
+
+
 def test_collate_shifts_labels_pads_right_and_finds_the_prefix(tokenizer):
     examples = [encode_example(tokenizer, HISTORY[:n], "Ran") for n in (2, 5)]
-    batch = collate(examples)
+    batch = collate(examples, pad_id=7)
     B, T = batch.tokens.shape
     assert (B, T) == (2, len(examples[1].tokens))
     for row, e in enumerate(examples):
         n = len(e.tokens)
         assert batch.tokens[row, :n].tolist() == e.tokens
         assert batch.labels[row, :n - 1].tolist() == e.labels[1:]
-        assert (batch.labels[row, n - 1:] == IGNORE).all() and (batch.item_pos[row,
-                                                                               n:] == NO_ITEM).all()
+        assert batch.item_pos[row, :n].tolist() == e.item_pos
+        assert (batch.labels[row, n - 1:] == IGNORE).all()
+        assert (batch.item_pos[row, n:] == NO_ITEM).all() and (batch.tokens[row, n:] == 7).all()
     first_item = min(e.item_pos.index(next(k for k in e.item_pos if k >= 0)) for e in examples)
     assert batch.prefix == first_item
     assert collate(examples[:1]).prefix == first_item
 
 
+def test_the_prefix_leaves_a_token_of_each_row():
+    """Also where one prompt begins another, and what fills it up looks like the other's tokens."""
+    short, long = ([Example(tokens, [NO_ITEM] * len(tokens), [IGNORE] * len(tokens))
+                    for tokens in ([5, 6], [5, 6, 0, 0])])
+    assert collate([short, short]).prefix == collate([short, long], pad_id=0).prefix == 1
+    assert collate([long, long]).prefix == 3
+
+
 def test_a_batch_knows_where_its_targets_are(tokenizer):
-    """Places of unequal numbers of labels: B·A places less the fillers are the M labels in order.
-    """
+    """Answers of unequal length: B·A places without the fillers are those of the M labels."""
     answers = ["Ran", "Up, Up and Away (2000)", "Heat"]
     batch = collate([encode_example(tokenizer, HISTORY[:n], answer)
                      for n, answer in zip((2, 5, 3), answers)])
@@ -165,25 +218,39 @@ def test_a_batch_knows_where_its_targets_are(tokenizer):
     assert moved.places.is_meta and moved.tokens.is_meta and moved.prefix == batch.prefix
 
 
+def test_the_places_drawn_in_batch():
+    """The example in its docstring: a filler is some place of the row, and nobody counts it."""
+    labels = torch.tensor([[IGNORE, IGNORE, 10, 11, 12], [IGNORE, 13, 14, IGNORE, IGNORE]])
+    batch = Batch(torch.zeros_like(labels), torch.full_like(labels, NO_ITEM), labels, 0)
+    assert batch.places.tolist() == [[2, 3, 4], [1, 2, 0]]
+    assert batch.supervised.tolist() == [0, 1, 2, 3, 4]
+    assert batch.targets.tolist() == [10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9])
+def test_parts_of_a_batch_are_its_rows_as_if_collated_by_themselves(tokenizer, rows):
+    examples = [encode_example(tokenizer, HISTORY[:n], TITLES[n]) for n in (3, 6, 4, 1, 2)]
+    whole, parts = collate(examples), collate(examples).split(rows)
+    assert [len(part.tokens) for part in parts] == [
+        len(examples[i:i + rows]) for i in range(0, 5, rows)]
+    assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
+    for i, part in enumerate(parts):
+        alone = collate(examples[i * rows:(i + 1) * rows])
+        width = part.tokens.shape[1]
+        assert width == alone.tokens.shape[1] - 1       # nothing comes after the last column
+        for name in ("tokens", "item_pos", "labels"):
+            assert torch.equal(getattr(part, name), getattr(alone, name)[:, :width]), name
+        assert torch.equal(part.places, alone.places) and part.prefix == whole.prefix
+        assert torch.equal(part.supervised, alone.supervised)
+
+
 def test_the_shown_prompt_marks_items_and_indices(tokenizer):
     shown = show_prompt(tokenizer, encode_example(tokenizer, ["Ran", "Heat"], "Jumanji (1995)"))
     for part in ("⟨Ran⟩[k=1, tokens", "⟨Heat⟩[k=0, tokens", '"Jumanji (1995)"'):
         assert part in shown
 
 
-# ------------------------------------------------------------------ the clock, options, the report
-
-
-def test_ages_by_hand():
-    """log2(1 + days before the answer): 0, 1 and 7 days give 0, 1 and 3."""
-    day = 86_400
-    x = interactions([(1, 0, 0), (1, 1, 6 * day), (1, 2, 7 * day), (1, 3, 7 * day)])
-    timed = make_sequences(x, index="time")
-    assert timed.ages(0).tolist() == [3.0, 1.0, 0.0] and make_sequences(x).ages(0) is None
-    assert timed.history(0).tolist() == make_sequences(x).history(0).tolist() == [0, 1, 2]
-
-
-def test_order_is_as_before_where_no_ages_are_given(tokenizer):
+def test_k_counts_steps_where_no_ages_are_given(tokenizer):
     plain = encode_example(tokenizer, HISTORY, "Ran")
     timed = encode_example(tokenizer, HISTORY, "Ran", ages=np.arange(len(HISTORY))[::-1] * 1.5)
     assert [k * 1.5 if k != NO_ITEM else k for k in plain.item_pos] == timed.item_pos
@@ -192,68 +259,95 @@ def test_order_is_as_before_where_no_ages_are_given(tokenizer):
     assert "[k=1.5, tokens" in show_prompt(tokenizer, timed)
 
 
+def test_the_longest_sequence_must_fit_the_context(tokenizer):
+    """It is found among many; one token less than it has is too little."""
+    x = interactions([(1, i, i) for i in range(20)])
+    sequences = make_sequences(replace(x, titles=[
+        *x.titles[:15], "a much longer title", *x.titles[16:]]))
+    longest = max(len(encode_example(tokenizer, sequences.words(sequences.history(i)),
+                                     sequences.titles[sequences.target(i)]).tokens)
+                  for i in range(len(sequences)))
+    check_context(tokenizer, sequences, longest)
+    with pytest.raises(ValueError, match=f"10 items, .* makes {longest} tokens"):
+        check_context(tokenizer, sequences, longest - 1)
+
+
 def test_a_title_longer_than_the_context_is_refused_shortly(tokenizer):
     x = interactions([(1, i, i) for i in range(20)])
     titles = [*x.titles[:-1], "very " * 5_000 + "long"]
     with pytest.raises(ValueError, match="more than the base's context of 512") as error:
-        data.check_context(tokenizer, make_sequences(data.replace(x, titles=titles)), 512)
+        check_context(tokenizer, make_sequences(replace(x, titles=titles)), 512)
     assert len(str(error.value)) < 300
 
 
-# ------------------------------------------------------------------ epochs of batches
+def rows_of(batch: Batch, pad_id: int) -> list[tuple]:
+    """(tokens, answer) of each row, without its padding."""
+    found = []
+    for tokens, labels in zip(batch.tokens.tolist(), batch.labels.tolist()):
+        answer = [label for label in labels if label != IGNORE]
+        last = max(t for t, label in enumerate(labels) if label != IGNORE)
+        assert set(tokens[last + 2:]) <= {pad_id}
+        found.append((tuple(tokens[:last + 2]), tuple(answer)))
+    return found
 
 
-@pytest.fixture(scope="module")
-def world_data():
-    world = SyntheticWorld(items=40)
-    return split_by_time(make_sequences(world.interactions(120)))
+def epoch(tokenizer, sequences, seed, shuffle=False) -> list[list[tuple]]:
+    """rows_of all batches of eight."""
+    return [rows_of(batch, tokenizer.pad_id) for batch in batches(
+        tokenizer, sequences, 8, np.random.default_rng(seed), shuffle)]
 
 
-def test_an_epoch_of_batches_holds_every_sequence_once_in_a_seeded_order(tokenizer, world_data):
-    train_set, _, _ = world_data
-
-    def answers(seed, shuffle=False):
-        return [tuple(row[row != IGNORE].tolist()) for b in batches(
-            tokenizer, train_set, 8, np.random.default_rng(seed), shuffle)
-            for row in b.labels]
-    first = answers(0)
-    assert len(first) == len(train_set) and first == answers(0) and first != answers(1)
-    assert sorted(first) == sorted(answers(1)) == sorted(answers(2, shuffle=True))
-
-
-def test_shuffled_histories_keep_their_items(tokenizer, world_data):
-    train_set, _, _ = world_data
-    one = train_set.select(np.arange(20))
-    plain, mixed = (next(iter(batches(tokenizer, one, 20, np.random.default_rng(3), s)))
-                    for s in (False, True))
-    assert not torch.equal(plain.tokens, mixed.tokens)
-    rows = [sorted(b.tokens.sort().values.tolist()) for b in (plain, mixed)]
-    assert rows[0] == rows[1]
+def test_an_epoch_of_batches_holds_every_sequence_once_in_a_seeded_order(tokenizer, world_splits):
+    train = world_splits[0]
+    first, other = epoch(tokenizer, train, 0), epoch(tokenizer, train, 1)
+    assert first == epoch(tokenizer, train, 0)
+    drawn, others = (set(itertools.chain(*seeded[:32])) for seeded in (first, other))
+    assert 20 < len(drawn - others) < 200               # 256 are drawn together, of all
+    assert sorted(itertools.chain(*first)) == sorted(
+        (tuple(e.tokens), tuple(t for t in e.labels if t != IGNORE)) for e in (
+            encode_example(tokenizer, train.words(train.history(i)), train.titles[train.target(i)])
+            for i in range(len(train))))
 
 
-def test_batches_carry_the_ages_of_their_sequences(tokenizer):
-    sequences = make_sequences(SyntheticWorld(items=40).interactions(60), index="time")
+def test_batches_hold_rows_of_similar_length_and_come_in_random_order(tokenizer, world_splits):
+    """Of the first 32, one ends where the next longer one begins."""
+    widths = [sorted(len(tokens) for tokens, _ in rows)
+              for rows in epoch(tokenizer, world_splits[0], 0)[:32]]
+    assert widths != sorted(widths) and len(widths) == 32
+    ends = [end for width in sorted(widths) for end in (width[0], width[-1])]
+    assert ends == sorted(ends) and ends[0] < ends[-1]
+
+
+def test_shuffled_histories_keep_their_items_and_answers(tokenizer, world_splits):
+    """Title by title, in other orders; the answer stays."""
+    def histories(shuffle):
+        found = []
+        for tokens, answer in itertools.chain(*epoch(tokenizer, world_splits[0], 3, shuffle)):
+            text = tokenizer.decode(list(tokens))
+            titles = text.split('before:"')[1].split('"\n')[0].split('", "')
+            found.append((tokenizer.decode(list(answer)), titles))
+        return found
+    plain, mixed = histories(False), histories(True)
+    assert sorted((answer, sorted(titles)) for answer, titles in plain) == sorted(
+        (answer, sorted(titles)) for answer, titles in mixed)
+    assert sorted(plain) != sorted(mixed)
+    known = {(answer, *titles) for answer, titles in plain}
+    assert np.mean([(answer, *titles) in known for answer, titles in mixed]) < 0.2
+
+
+def test_batches_carry_the_ages_of_their_sequences(tokenizer, clocked):
+    sequences = make_sequences(clocked, index="time").sample(150, 0)
     seen = set()
     for batch in batches(tokenizer, sequences, 16, np.random.default_rng(0)):
+        assert batch.item_pos.dtype == torch.float32
         seen |= {round(float(k), 4) for k in batch.item_pos.unique() if k != NO_ITEM}
     wanted = {round(float(np.float32(k)), 4) for i in range(len(sequences))
               for k in sequences.ages(i)}
     assert seen == wanted and any(k % 1 for k in wanted)
 
 
-def test_a_sample_is_seeded_in_order_and_everything_for_0(world_data):
-    train_set, _, _ = world_data
-    drawn = train_set.sample(20, seed=3)
-    places = [train_set.targets.tolist().index(t) for t in drawn.targets]
-    assert places == sorted(places) and len(set(places)) == 20
-    assert (train_set.sample(20, seed=3).targets == drawn.targets).all()
-    assert (train_set.sample(20, seed=4).targets != drawn.targets).any()
-    assert train_set.sample(0, seed=3) is train_set.sample(len(train_set), seed=3) is train_set
-
-
 def test_shared_constants_do_not_collide_with_tokens():
-    assert data.NO_ITEM == -1 and data.IGNORE == torch.nn.CrossEntropyLoss().ignore_index == -100
-    assert len(set(TITLES)) == len(TITLES)
+    assert NO_ITEM == -1 and IGNORE == torch.nn.CrossEntropyLoss().ignore_index == -100
 
 
 # ----------------------------------------------------------------------------------------------
@@ -286,6 +380,8 @@ def test_special_ids_come_from_the_three_files_in_the_ecosystems_order(tmp_path,
                                            "pad_token": "not in the vocabulary"})
     read = Tokenizer.from_folder(folder)
     assert (read.bos_id, read.eos_ids, read.pad_id) == (0, (1,), 1)
+    checkpoint_tokenizer(tmp_path, bpe, generation_config={"pad_token_id": 9, "eos_token_id": 1})
+    assert Tokenizer.from_folder(folder).pad_id == 9
 
 
 def test_truncation_and_padding_left_in_the_file_do_not_touch_prompts(tmp_path, tokenizer):

@@ -18,15 +18,6 @@ from lora import ALL_LINEAR, add_lora
 TOKENS = torch.tensor([[5, 9, 2, 44, 17, 3, 60, 8]])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are so small that a second thread only costs time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def close(got, wanted) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
@@ -247,6 +238,19 @@ def test_without_gradients_a_prompt_run_in_pieces_serves_more_rows(llama):
     close(llama(rows, cache=cache), llama(torch.cat((TOKENS.expand(3, -1), rows), dim=1))[:, -2:])
 
 
+def test_the_room_in_a_cache_is_not_written_while_gradients_are_on(llama):
+    """A prompt that ran in pieces without gradients leaves room, one that ran at once does not."""
+    weight, ends, gradients = llama.layers[1].self_attn.k_proj.weight, TOKENS.view(4, 1, 2), []
+    for pieces in ([8], [5, 3]):
+        cache = KVCache()
+        with torch.no_grad():
+            for piece in TOKENS.split(pieces, dim=1):
+                llama(piece, cache=cache)
+        loss = sum(llama(end, cache=cache).pow(3).sum() for end in ends)
+        gradients.append(torch.autograd.grad(loss, weight)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 def test_a_prefix_run_once_serves_all_rows_with_the_same_gradients(llama):
     rows = torch.tensor([[7, 8, 9], [1, 2, 3]])
     trained = list(llama.parameters())[:-1]                 # all but lm_head
@@ -262,19 +266,19 @@ def test_a_prefix_run_once_serves_all_rows_with_the_same_gradients(llama):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_read_only_cache_is_looked_at_and_left_alone(llama, gradients):
-    """Two continuations of one prompt, each as if the other had never been."""
-    cache, ends = KVCache(), torch.randint(61, (2, 2, 3))
+    """Continuations of one prompt by two rows, three, and one, as if the others had never been."""
+    cache, ends = KVCache(), torch.randint(61, (6, 3)).split([2, 3, 1])
     with torch.set_grad_enabled(gradients):
         llama(TOKENS, cache=cache)
         cache.read_only = True
         before = [(k.clone(), v.clone()) for k, v in cache.layers]
         for end in ends:
             close(llama(end, cache=cache),
-                  llama(torch.cat((TOKENS.expand(2, -1), end), dim=1))[:, -3:])
+                  llama(torch.cat((TOKENS.expand(len(end), -1), end), dim=1))[:, -3:])
             assert cache.length == TOKENS.shape[1]
     for pair, old in zip(cache.layers, before, strict=True):
         for x, was in zip(pair, old):
-            assert torch.equal(x[:1, :, :cache.length], was)
+            assert torch.equal(x[:, :, :cache.length], was)
 
 
 def test_selected_rows_are_kept_repeated_and_in_that_order(llama):

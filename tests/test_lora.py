@@ -1,5 +1,5 @@
-"""lora.py: the factors change nothing before training, are the only thing trained, and
-round-trip."""
+"""lora.py: the factors change nothing before training, they alone are trained, and their files are
+those of peft."""
 
 import json
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from llama import Llama, save_llama
 from lora import (ALL_LINEAR, LoraLinear, add_lora, load_lora, lora_parameters, merge_lora,
-                  save_lora)
+                  save_lora, without_factors)
 
 TOKENS = torch.tensor([[5, 9, 2, 44, 17, 3]])
 
@@ -25,7 +25,7 @@ def test_lora_output_is_unchanged_before_the_first_step(llama):
     before = llama(TOKENS)
     add_lora(llama, targets=ALL_LINEAR)
     assert torch.equal(llama(TOKENS), before)
-    llama.train()       # dropout acts on the factors' input only: still nothing changes
+    llama.train()       # dropout acts on the factors' input only, so nothing changes here either
     assert torch.equal(llama(TOKENS), before)
 
 
@@ -60,16 +60,30 @@ def test_dropout_acts_in_training_only(llama):
 
 
 def test_dropout_zeroes_inputs_of_the_factors_and_scales_the_rest():
-    """W = 0, A = B = 1, so y is the input after dropout: 0, or x / (1 - p), on average x."""
-    linear = torch.nn.Linear(1, 1, bias=False)
+    """W = 0, A = (1 1), B = 1, α/R = 3: y sums over two inputs of 1 that are 0 or 1 / (1 - p)."""
+    linear = torch.nn.Linear(2, 1, bias=False)
     linear.weight.data.zero_()
     model = torch.nn.ModuleDict({"q_proj": linear}).train()
-    add_lora(model, rank=1, alpha=1, dropout=0.2, targets=("q_proj",))
-    model["q_proj"].A.data.fill_(1.0)
-    model["q_proj"].B.data.fill_(1.0)
-    y = model["q_proj"](torch.ones(100_000, 1))
-    torch.testing.assert_close(y.unique(), torch.tensor([0.0, 1.25]))
-    assert (y == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
+    for p in add_lora(model, rank=1, alpha=3, dropout=0.2, targets=("q_proj",)):
+        p.data.fill_(1.0)
+    x = torch.ones(100_000, 2, requires_grad=True)
+    y = model["q_proj"](x)
+    y.sum().backward()
+    torch.testing.assert_close(y.detach().unique(), torch.tensor([0.0, 3.75, 7.5]))
+    torch.testing.assert_close(y[:, 0], x.grad.sum(dim=1))      # zeros where y has them
+    assert (x.grad == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
+    assert (y == 0).float().mean().item() == pytest.approx(0.04, abs=0.01)
+
+
+def test_without_factors_the_model_is_its_base_for_a_while(llama):
+    base = llama(TOKENS)
+    add_lora(llama)
+    disturb(llama)
+    tuned = llama(TOKENS)
+    with pytest.raises(ZeroDivisionError), without_factors(llama) as model:
+        assert model is llama and torch.equal(llama(TOKENS), base)
+        raise ZeroDivisionError
+    assert torch.equal(llama(TOKENS), tuned) and not torch.equal(tuned, base)
 
 
 def test_rank_stabilised_scaling_by_hand(llama):
@@ -92,6 +106,18 @@ def test_merging_gives_the_same_logits_and_plain_maps(llama, rslora):
     merge_lora(llama)
     assert not any(isinstance(m, LoraLinear) for m in llama.modules())
     torch.testing.assert_close(llama.logits(llama(TOKENS)), before, rtol=1e-5, atol=1e-5)
+
+
+def test_merging_adds_in_float32_before_it_rounds():
+    """bfloat16 has 256 and 258 and nothing between: 256 + 1.003 goes to 258, 256 + 1 to 256."""
+    linear = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    linear.weight.data.fill_(256.0)
+    model = torch.nn.ModuleDict({"q_proj": linear})
+    for p, value in zip(add_lora(model, rank=1, alpha=1, targets=("q_proj",)), (1.0, 1.003)):
+        p.data.fill_(value)
+    merge_lora(model)
+    weight = model["q_proj"].weight
+    assert weight.dtype == torch.bfloat16 and weight.item() == 258.0 and not weight.requires_grad
 
 
 def test_a_saved_adapter_loads_back_exactly_with_its_settings(tmp_path, llama):
