@@ -215,15 +215,14 @@ class KVCache:
 
     def make_room(self, new: int, rows: int) -> None:
         """Without gradients, let slots be written in place: there is a copy every 64 tokens only,
-        instead of one each. With gradients, `join` must leave the old tensors as they are."""
-        held, _, room, _ = self.layers[0][0].shape if self.layers else (rows, 0, math.inf, 0)
-        if (room < self.length + new or held != rows) and not torch.is_grad_enabled():
-            for i, pair in enumerate(self.layers):
-                roomy = [x.new_empty(rows, x.shape[1], self.length + new + 64, x.shape[3])
-                         for x in pair]
-                for x, wide in zip(pair, roomy):
-                    wide[:, :, :self.length] = x[:, :, :self.length]
-                self.layers[i] = tuple(roomy)
+        instead of one each. With gradients, or if it may only be read, what is here stays as it is:
+        `join` finds no room and copies."""
+        for i, (k, v) in enumerate(self.layers):
+            if torch.is_grad_enabled() or self.read_only:
+                self.layers[i] = k[:, :, :self.length], v[:, :, :self.length]
+            elif len(k) != rows or k.shape[2] < self.length + new:
+                self.layers[i] = tuple(F.pad(x[:, :, :self.length].expand(rows, -1, -1, -1),
+                                             (0, 0, 0, new + 64)) for x in (k, v))
 
     def select(self, rows: Tensor) -> None:
         """Keep (and repeat) the given rows, in that order."""

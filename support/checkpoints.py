@@ -48,7 +48,8 @@ def find_checkpoint(name: str) -> Path:
 
 def fingerprint(folder: str | Path) -> str:
     """A digest of the sizes and of every stored value of a checkpoint, the same for one file and
-    for shards. It says which base an adapter was tuned on. Raises what load_llama raises."""
+    for shards. It says which base an adapter was tuned on. Raises what load_llama raises for files
+    that are absent, damaged or do not fit."""
     config = LlamaConfig.from_folder(folder)
     with torch.device("meta"):
         places = tensor_places(Path(folder), Llama(config))
