@@ -45,8 +45,8 @@ from support.checkpoints import find_checkpoint, fingerprint
 from support.floors import CountingFloors
 from support.options import TEMPORAL, Options, Where, add_flags, parse
 from support.runs import (Journal, check_same, check_writable, choose_device, exit_status,
-                          load_adapter, new_folder, open_data, read_run, rows_that_fit,
-                          save_adapter, save_arrays, write_json)
+                          load_adapter, new_folder, next_commands, open_data, read_run,
+                          rows_that_fit, save_adapter, save_arrays, write_json)
 from support.synthetic import SyntheticWorld, oracle_rows
 from support.tiny import TINY_BASES, TinyBase, tiny_base
 from support.trie import ExactTitles, TitleBeams
@@ -409,6 +409,7 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
               f"{show_prompt(model.tokenizer, example)}")
     record |= {"options": options.record(), "settings": model.settings(),
                "base": source.name if options.model == "tiny" else str(source),
+               "vocabulary": model.llama.config.vocab_size,
                "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                             "numpy": np.__version__, "tokenizers": tokenizers.__version__}}
     if folder is None:
@@ -444,10 +445,8 @@ def finish(folder: Path, record: dict, arrays: dict, test_set: Sequences, tune: 
         (folder / "checkpoint.safetensors").unlink()
     mean, error = record["effect"]
     print(f"{record['protocol']}\n{format_table(record['rows'])}\neffect of order on log p(answer) "
-          f"(Eq. 7): {mean:+.4f} ± {error:.4f} nats, factual minus erased world\n"
-          f"written {folder} | look on: python -m experiments.report {folder}, "
-          f"python -m experiments.explain {folder} 7, python -m experiments.recommend {folder} "
-          f"\"{test_set.titles[test_set.target(0)]}\"")
+          f"(Eq. 7): {mean:+.4f} ± {error:.4f} nats, factual minus erased world\nwritten {folder}; "
+          f"look at it with\n{next_commands(folder, test_set.titles[test_set.target(0)])}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -461,6 +460,7 @@ def main(argv: list[str] | None = None) -> int:
     resume, eval_only = given.pop("resume", None), given.pop("eval_only", None)
 
     def work() -> None:
+        """A new run, or one that goes on, or one that is evaluated again."""
         if resume and eval_only:
             raise ValueError("--resume and --eval-only: one at a time")
         if folder := resume or eval_only:

@@ -421,6 +421,7 @@ def batches(tokenizer: Tokenizer, sequences: Sequences, batch_size: int, rng: np
     order = rng.permutation(len(sequences))
 
     def prepare(start: int) -> list[Batch]:
+        """The 32 batches whose sequences stand in the order from start on."""
         drawn = order[start:start + 32 * batch_size]
         histories = [sequences.history(i) for i in drawn]
         if shuffle_histories:

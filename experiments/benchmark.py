@@ -136,6 +136,7 @@ def leave_out(idea: str) -> None:
     fast = world_logits
 
     def slow(model, batch: Batch, *worlds):
+        """world_logits without the idea."""
         if everything or idea == "both worlds in one pass":
             passes = [(world,) for world in worlds]
         else:
@@ -184,6 +185,7 @@ def theirs_tuning(config, batch_size, device, dtype) -> Callable:
         return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets)
 
     def step() -> float:
+        """Two forwards, one loss, one update."""
         factual, erased = (model(inputs_embeds=rotary(embed(tokens), k.clamp(min=0)),
                                  attention_mask=mask).logits
                            for k in (item_pos, erase_order(item_pos)))
@@ -264,6 +266,7 @@ def all_titles(titles: int, users: int, apart: bool) -> Callable:
 
     @torch.inference_mode()
     def rows() -> list:
+        """Each title in a row of its own behind the prompt."""
         answers = sorted((answer, items) for answer, items in trie.items.items())
         scores = torch.zeros(users, titles)
         for user, (tokens, item_pos) in enumerate(prompts):
@@ -727,6 +730,7 @@ def main(argv: list[str] | None = None) -> int:
     options.shapes = options.shapes.split(",")
 
     def work() -> None:
+        """Check what was asked for, then measure it."""
         for given, known, what in ((options.sections, SECTIONS, "section"),
                                    (options.shapes, SHAPES, "shape")):
             if unknown := [name for name in given if name not in known]:

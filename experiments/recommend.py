@@ -17,7 +17,7 @@ import numpy as np
 from cetrec import open_model
 from experiments.titles import resolve_titles, side_by_side
 from support.checkpoints import HUB_NAME, find_checkpoint
-from support.options import Options, add_flags
+from support.options import Options, add_flags, parse
 from support.runs import exit_status, open_data, read_run
 from support.trie import ExactTitles
 
@@ -82,7 +82,8 @@ def recommend(where: str, wanted: list[str], given: dict) -> None:
 
     where: a run; or an adapter, with its base and the data in `given`; or a base, with the data.
     """
-    if (Path(where) / "run.json").is_file():
+    of_run = (Path(where) / "run.json").is_file()
+    if of_run:
         adapter = Path(where)
         options, base = read_run(adapter, given, "experiments.recommend")
     else:
@@ -90,7 +91,7 @@ def recommend(where: str, wanted: list[str], given: dict) -> None:
         base = find_checkpoint(options.model)
     if options.index == "time":
         raise ValueError(f"{where}: its index is time, and titles without dates have none")
-    if (Path(where) / "run.json").is_file():
+    if of_run:
         domain, titles = read_catalogue(adapter)
     else:
         (train_set, _, _), _, _ = open_data(options)
@@ -116,8 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     ap.add_argument("titles", metavar="TITLE", nargs="+", help="1 to 10 titles, oldest first; "
                     "case, year and small slips do not matter")
     add_flags(ap, Options, only=FLAGS)
-    given = {name: value for name, value in vars(ap.parse_intermixed_args(argv)).items()
-             if value is not None}
+    given = parse(ap, argv)
     where, titles = given.pop("where"), given.pop("titles")
     return exit_status(lambda: recommend(where, titles, given))
 

@@ -72,6 +72,7 @@ def side_by_side(titles: Sequence[str], factual: Lists, erased: Lists, length: i
     The answer, where it is given, is marked by *.
     """
     def cell(lists: Lists, rank: int) -> str:
+        """A title with its probability, or blanks where the list has ended."""
         item = lists.items[0, rank] if rank < lists.items.shape[1] else -1
         if item < 0:
             return " " * 46

@@ -199,6 +199,7 @@ def unpack(archive: Path, folder: Path, files: list[str], most_bytes: int) -> No
                 part = folder / f"{name}.part"
                 part.write_bytes(packed.read(entries[name]))
                 part.replace(folder / name)
+    # RuntimeError means an encrypted entry, NotImplementedError an unknown way of packing.
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{archive}: damaged zip archive ({error}). Remove it and run again") \
             from None

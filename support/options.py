@@ -321,7 +321,9 @@ def parse(ap: argparse.ArgumentParser, argv) -> dict:
     Ends the program, as the parser does, for a flag that is unknown or has a value of a wrong kind,
     and for an empty one, which mostly is a variable of the shell that was not set.
     """
-    given = {name: value for name, value in vars(ap.parse_args(argv)).items() if value is not None}
+    # "Intermixed": what is not a flag may stand anywhere, also between or after flags.
+    found = vars(ap.parse_intermixed_args(argv))
+    given = {name: value for name, value in found.items() if value is not None}
     for name, value in given.items():
         if value == "":
             ap.error(f"argument {as_flag(name)}: got nothing")
