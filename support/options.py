@@ -122,7 +122,7 @@ class Options:
     recompute: bool = flag("tuning", "run each block again in the backward pass instead of keeping "
                            "what it computed: less memory, more time", False)
     compile: bool = flag("tuning", "let torch.compile make kernels for the blocks; the first step "
-                         "takes up to a minute, and CPUs want a C++ compiler", False)
+                         "takes up to two minutes, and CPUs want a C++ compiler", False)
 
     # Evaluation (§5). These flags may be given with --eval-only, too.
 
