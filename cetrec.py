@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (NO_ITEM, Batch, Sequences, Tokenizer, batches, check_context, collate,
-                  encode_example, encode_examples, show_prompt)
+                  encode_example, show_prompt)
 from evaluate import (GroundedBeams, device_of, evaluate_order, format_table, list_values,
                       mean_and_error, summarise)
 from llama import Block, KVCache, Llama, LlamaConfig, load_llama, rotate
@@ -220,8 +220,8 @@ def answer_log_likelihood(model: TemporalLlama, sequences: Sequences,
     for start in tqdm(range(0, len(out), batch_size), desc="answers in both worlds", unit="batch",
                       leave=False, disable=None):
         rows = range(start, min(start + batch_size, len(out)))
-        batch = collate(encode_examples(
-            model.tokenizer, [sequences.words(sequences.history(i)) for i in rows],
+        batch = collate(model.tokenizer.examples(
+            [sequences.words(sequences.history(i)) for i in rows],
             [sequences.titles[sequences.target(i)] for i in rows], sequences.domain,
             [sequences.ages(i) for i in rows]), model.tokenizer.pad_id).to(device)
         owner = batch.supervised // batch.places.shape[1]           # the row of each target

@@ -195,6 +195,15 @@ def build_prompt(history_titles, domain: str = "movies") -> tuple[str, list[tupl
 
 
 @dataclass(frozen=True)
+class Example:
+    """One prompt with its answer, if it has one. The three lists are of equal length."""
+
+    tokens: list[int]       # BOS (where the tokenizer adds one), prompt, answer, EOS
+    item_pos: list[int] | list[float]   # k of the item that the token belongs to, or NO_ITEM
+    labels: list[int]       # the token itself where it is part of the answer, else IGNORE
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """A tokenizer.json, which also decides whether a text begins with BOS, and its special ids.
 
@@ -250,6 +259,44 @@ class Tokenizer:
         """Token ids -> text without special tokens."""
         return self.bpe.decode(tokens, skip_special_tokens=True)
 
+    def examples(self, histories, targets, domain: str = "movies", ages=None) -> list[Example]:
+        """Turn histories (titles, oldest first) and targets (a title or None each) into tokens.
+
+        The answer y of Eq. 1 is the quoted title and EOS; only its tokens have labels.
+
+        Every token of an item gets the item's k (Eq. 6). k is the number of steps back from the
+        newest item, which has k = 0 (D1: §4.2.1 counts so, §4.3 seems to count from the oldest), or
+        what `ages` says. Which tokens an item has is decided by the tokenizer's character offsets:
+        a token that overlaps the title belongs to the item, also where it reaches over a quote, as
+        `)",` does. The title's token ids cannot decide that: they differ from place to place.
+
+            text       ...  before:"  Heat  ", "  Toy   Story  "\\n  ...
+            item_pos       -1  -1     1    -1    0     0     -1          k of the newest item is 0
+        """
+        texts, spans, starts = [], [], []
+        for history, target in zip(histories, targets, strict=True):
+            prompt, places = build_prompt(history, domain)
+            starts.append(len(prompt))
+            spans.append(np.array(places).reshape(-1, 2))
+            texts.append(prompt if target is None else f'{prompt}"{target}"')
+        examples = []
+        for encoding, span, start, target, age in zip(
+                self.bpe.encode_batch(texts), spans, starts, targets,
+                ages if ages is not None else itertools.repeat(None)):
+            begin, end = np.array(encoding.offsets).T
+            item = np.searchsorted(span[:, 1], begin, side="right")     # the first to end later
+            inside = item < len(span)
+            inside[inside] = end[inside] > span[item[inside], 0]
+            tokens = encoding.ids
+            k = np.arange(len(span), -1, -1) - 1 if age is None else np.append(age, NO_ITEM)
+            item_pos = np.where(inside, k[item], NO_ITEM).tolist()
+            labels = np.where(end > start, tokens, IGNORE).tolist()
+            if target is not None:
+                eos = self.eos_ids[0]
+                tokens, item_pos, labels = tokens + [eos], item_pos + [NO_ITEM], labels + [eos]
+            examples.append(Example(tokens, item_pos, labels))
+        return examples
+
 
 def _json_object(path: Path) -> dict:
     """The object in a JSON file, or an empty one if there is no such file."""
@@ -264,59 +311,10 @@ def _json_object(path: Path) -> dict:
     return value
 
 
-@dataclass(frozen=True)
-class Example:
-    """One prompt with its answer, if it has one. The three lists are of equal length."""
-
-    tokens: list[int]       # BOS (where the tokenizer adds one), prompt, answer, EOS
-    item_pos: list[int] | list[float]   # k of the item that the token belongs to, or NO_ITEM
-    labels: list[int]       # the token itself where it is part of the answer, else IGNORE
-
-
-def encode_examples(tokenizer: Tokenizer, histories, targets, domain: str = "movies",
-                    ages=None) -> list[Example]:
-    """Turn histories (titles, oldest first) and targets (a title or None each) into tokens.
-
-    The answer y of Eq. 1 is the quoted title and EOS; only its tokens have labels.
-
-    Every token of an item gets the item's k (Eq. 6). k is the number of steps back from the newest
-    item, which has k = 0 (D1: §4.2.1 counts so, §4.3 seems to count from the oldest), or what
-    `ages` says. Which tokens an item has is decided by the tokenizer's character offsets: a token
-    that overlaps the title belongs to the item, also where it reaches over a quote, as `)",` does.
-    The title's token ids cannot decide that, because they differ from place to place.
-
-        text       ...  before:"  Heat  ", "  Toy   Story  "\\n  ...
-        item_pos       -1  -1     1    -1    0     0     -1          k of the newest item is 0
-    """
-    texts, spans, starts = [], [], []
-    for history, target in zip(histories, targets, strict=True):
-        prompt, places = build_prompt(history, domain)
-        starts.append(len(prompt))
-        spans.append(np.array(places).reshape(-1, 2))
-        texts.append(prompt if target is None else f'{prompt}"{target}"')
-    examples = []
-    for encoding, span, start, target, age in zip(
-            tokenizer.bpe.encode_batch(texts), spans, starts, targets,
-            ages if ages is not None else itertools.repeat(None)):
-        begin, end = np.array(encoding.offsets).T
-        item = np.searchsorted(span[:, 1], begin, side="right")     # the first title to end later
-        inside = item < len(span)
-        inside[inside] = end[inside] > span[item[inside], 0]
-        tokens = encoding.ids
-        k = np.arange(len(span), -1, -1) - 1 if age is None else np.append(age, NO_ITEM)
-        item_pos = np.where(inside, k[item], NO_ITEM).tolist()
-        labels = np.where(end > start, tokens, IGNORE).tolist()
-        if target is not None:
-            eos = tokenizer.eos_ids[0]
-            tokens, item_pos, labels = tokens + [eos], item_pos + [NO_ITEM], labels + [eos]
-        examples.append(Example(tokens, item_pos, labels))
-    return examples
-
-
 def encode_example(tokenizer: Tokenizer, history_titles, target_title: str | None,
                    domain: str = "movies", ages=None) -> Example:
-    """One prompt and its answer as tokens, item positions and labels; see encode_examples."""
-    return encode_examples(tokenizer, [history_titles], [target_title], domain, [ages])[0]
+    """One prompt and its answer as tokens, item positions and labels; see Tokenizer.examples."""
+    return tokenizer.examples([history_titles], [target_title], domain, [ages])[0]
 
 
 def show_prompt(tokenizer: Tokenizer, example: Example) -> str:
@@ -427,8 +425,8 @@ def batches(tokenizer: Tokenizer, sequences: Sequences, batch_size: int, rng: np
         if shuffle_histories:
             histories = [rng.permutation(history) for history in histories]
         answers = sequences.words(sequences.items[sequences.targets[drawn]])
-        examples = encode_examples(tokenizer, [sequences.words(history) for history in histories],
-                                   answers, sequences.domain, [sequences.ages(i) for i in drawn])
+        examples = tokenizer.examples([sequences.words(history) for history in histories], answers,
+                                      sequences.domain, [sequences.ages(i) for i in drawn])
         examples.sort(key=lambda example: len(example.tokens))
         groups = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
         return [collate(groups[g], tokenizer.pad_id) for g in rng.permutation(len(groups))]

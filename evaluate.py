@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import NO_ITEM, Sequences, encode_examples
+from data import NO_ITEM, Sequences
 from llama import KVCache
 from lora import without_factors
 
@@ -306,9 +306,9 @@ def prompts_by_length(model, titles: Sequence[str], domain: str, histories, ages
     with tqdm(total=len(histories), desc=progress, unit="user", leave=False, disable=None) as bar:
         for start in range(0, len(histories), 10_000):      # which bounds the memory
             part = histories[start:start + 10_000]
-            examples = encode_examples(
-                model.tokenizer, [[titles[i] for i in history] for history in part],
-                [None] * len(part), domain, ages and ages[start:start + 10_000])
+            examples = model.tokenizer.examples(
+                [[titles[i] for i in history] for history in part], [None] * len(part), domain,
+                ages and ages[start:start + 10_000])
             order = sorted(range(len(part)), key=lambda i: len(examples[i].tokens))
             for chunk in (order[i:i + rows] for i in range(0, len(part), rows)):
                 yield ([start + i for i in chunk],

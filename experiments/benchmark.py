@@ -43,7 +43,7 @@ from lora import ALL_LINEAR, LoraLinear, add_lora, lora_parameters
 from support.datasets import load_interactions, prepare
 from support.runs import exit_status, open_data, peak_memory, read_run, rows_that_fit, write_json
 from support.synthetic import GENRES, SyntheticWorld
-from support.tiny import TINY_BASES, tiny_tokenizer, tokenizer_for
+from support.tiny import SEEN, TINY_BASES, tiny_tokenizer, tokenizer_for
 from support.trie import Trie, catalogue_log_likelihood
 
 SHAPES = {      # width, layers, heads, key/value heads, inner width, vocabulary, tied
@@ -258,7 +258,7 @@ def all_titles(titles: int, users: int, apart: bool) -> Callable:
     rows of prompt and title, 32 at a time. -> (users, titles)
     """
     names = made_up_titles(titles)
-    tokenizer = tiny_tokenizer(names, np.ones(titles, dtype=int), "movies", 4_096)
+    tokenizer = tiny_tokenizer(names, np.full(titles, SEEN), "movies", 1_024)
     config = shape("tiny", tokenizer.bpe.get_vocab_size())
     model = TemporalLlama(random_llama(config, "cpu", torch.float32), "rope", tokenizer=tokenizer)
     prompts = [(prompt(e), e.item_pos[:len(prompt(e))]) for e in examples(config, users)]
@@ -428,7 +428,7 @@ def steam(lines: int) -> str:
 def tokenisation() -> str:
     """Prompts and answers to padded batches of 64, tiny tokenizer, the synthetic world."""
     train_set, _, _ = split_by_time(make_sequences(SyntheticWorld().interactions()))
-    tokenizer = tokenizer_for(train_set, 768)
+    tokenizer = tokenizer_for(train_set, TINY_BASES["synthetic"].pieces)
     started = time.perf_counter()
     done = sum(len(batch.tokens) for _ in range(4) for batch in
                batches(tokenizer, train_set, 64, np.random.default_rng(0)))

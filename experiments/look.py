@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from data import Sequences, Tokenizer, encode_example, encode_examples, show_prompt
+from data import Sequences, Tokenizer, encode_example, show_prompt
 from support.options import Options, add_flags, parse
 from support.runs import exit_status, open_data
 from support.tiny import TINY_BASES, TinyBase, tokenizer_for
@@ -62,8 +62,8 @@ def describe(splits: tuple[Sequences, Sequences, Sequences], users: int,
     tied = 100 * (train_set.times[answers] == train_set.times[answers - 1]).mean()
     unseen = 100 * (1 - train_set.seen()[test_set.items[test_set.targets]].mean())
     drawn = np.random.default_rng(0).choice(len(train_set), min(1_000, len(train_set)), False)
-    lengths = np.array([len(example.tokens) for example in encode_examples(
-        tokenizer, [train_set.words(train_set.history(i)) for i in drawn], [None] * len(drawn),
+    lengths = np.array([len(example.tokens) for example in tokenizer.examples(
+        [train_set.words(train_set.history(i)) for i in drawn], [None] * len(drawn),
         train_set.domain)])
     first = encode_example(tokenizer, train_set.words(train_set.history(0)),
                            train_set.titles[train_set.target(0)], train_set.domain,
@@ -91,7 +91,7 @@ def look(given: dict) -> None:
     splits, _, record = open_data(options)
     if tokenizer is None:
         recipe = TINY_BASES.get(options.data, TinyBase())
-        tokenizer = tokenizer_for(splits[0], recipe.vocab_size)
+        tokenizer = tokenizer_for(splits[0], recipe.pieces)
     print(describe(splits, record["counts"]["users"], tokenizer))
 
 

@@ -28,7 +28,7 @@ from llama import Llama, LlamaConfig, save_llama
 class TinyBase:
     """How `--model tiny` is made. The numbers were chosen on validation splits."""
 
-    vocab_size: int = 8192          # most titles are one token: five beams are then the top five
+    pieces: int = 1024              # of the tokenizer, besides whole words
     hidden_size: int = 192
     intermediate_size: int = 512
     num_hidden_layers: int = 2
@@ -44,41 +44,47 @@ class TinyBase:
 
 
 TINY_BASES = {      # data sets that are not named here take TinyBase()
-    "synthetic": TinyBase(vocab_size=768, hidden_size=64, intermediate_size=192, lr=3e-3,
+    "synthetic": TinyBase(pieces=300, hidden_size=64, intermediate_size=192, lr=3e-3,
                           weight_decay=0.1, epochs=2),
-    # 3,268 titles: with 8,192 words they would be two tokens each, and beams miss more of them
-    "movielens": TinyBase(vocab_size=16_384, epochs=1)}
+    "movielens": TinyBase(epochs=1)}
 TINY_BASES["ml-1m"] = TINY_BASES["movielens"]
+SEEN = 5        # a title of which training has seen fewer answers is spelled in pieces
 
 
-def tiny_tokenizer(titles: list[str], counts: np.ndarray, domain: str, size: int) -> Tokenizer:
-    """Byte-level BPE, trained on the prompt and on titles, each as often as training saw it.
+def tiny_tokenizer(titles: list[str], counts: np.ndarray, domain: str, pieces: int) -> Tokenizer:
+    """Byte-level BPE of so many pieces, trained on the titles, and whole words besides.
 
-    Words may merge across spaces but not across quotes: a popular title becomes one or two tokens,
-    and `", "` stands alone. So prompts are short, and an answer begins at a token of its own. A
-    sequel's number at the end of a title stands alone too, so that parts share their name.
+    A word reaches from quote to quote: it is a title, or `", "`, or the prompt's text before the
+    first quote. (A sequel's number at the end of a title is a word of its own, so that the parts of
+    a series share its name.) The prompt's words and those of titles that training saw SEEN times
+    get a token each, which is taken before anything is merged, as in Llama 3's own tokenizer. So
+    prompts are short, and the names of rare titles are spelled in pieces.
     """
     pre, level = tokenizers.pre_tokenizers, tokenizers.pre_tokenizers.ByteLevel
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
     bpe.pre_tokenizer = pre.Sequence([
         pre.Split(tokenizers.Regex(r'", "|"| \d+(?="|$)|(?:(?! \d+(?:"|$))[^"])+'), "isolated"),
         level(add_prefix_space=False, use_regex=False)])
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    prompt, often = build_prompt(titles[:2], domain)[0], int(counts.max()) + 1
-    corpus = [prompt] * often + [       # the prompt's own words merge first
-        f'"{title}"' for title, count in zip(titles, counts) for _ in range(int(count) + 1)]
-    bpe.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+    bpe.train_from_iterator(titles, tokenizers.trainers.BpeTrainer(
+        vocab_size=pieces, special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
         initial_alphabet=sorted(level.alphabet()), show_progress=False))
     bpe.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
-    return Tokenizer(bpe, eos_ids=(1,), bos_id=0, pad_id=1)
+    content = json.loads(bpe.to_str())
+    vocabulary = content["model"]["vocab"]
+    for text in (build_prompt(titles[:2], domain)[0],
+                 *(f'"{title}"' for title, count in zip(titles, counts) if count >= SEEN)):
+        for word, _ in bpe.pre_tokenizer.pre_tokenize_str(text):
+            vocabulary.setdefault(word, len(vocabulary))
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), eos_ids=(1,), bos_id=0,
+                     pad_id=1)
 
 
-def tokenizer_for(train_set: Sequences, size: int) -> Tokenizer:
+def tokenizer_for(train_set: Sequences, pieces: int) -> Tokenizer:
     """tiny_tokenizer of a training split."""
     counts = np.bincount(train_set.items[train_set.targets], minlength=len(train_set.titles))
-    return tiny_tokenizer(train_set.titles, counts, train_set.domain, size)
+    return tiny_tokenizer(train_set.titles, counts, train_set.domain, pieces)
 
 
 def title_labels(batch: Batch) -> Tensor:
@@ -103,7 +109,7 @@ def tiny_base(root: Path, train_set: Sequences, seed: int, device: torch.device,
     if (folder / "config.json").is_file():                  # written last
         return folder
     torch.manual_seed(seed)
-    tokenizer, heads = tokenizer_for(train_set, recipe.vocab_size), recipe.num_attention_heads
+    tokenizer, heads = tokenizer_for(train_set, recipe.pieces), recipe.num_attention_heads
     llama = Llama(LlamaConfig(
         vocab_size=tokenizer.bpe.get_vocab_size(), hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size, num_hidden_layers=recipe.num_hidden_layers,

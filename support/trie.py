@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import IGNORE, NO_ITEM, Tokenizer, encode_examples
+from data import IGNORE, NO_ITEM, Tokenizer
 from evaluate import LENGTH, Lists, beam_search, prefill, prompts_by_length
 
 
@@ -39,11 +39,11 @@ class Trie:
     """
 
     def __init__(self, tokenizer: Tokenizer, titles: Sequence[str], domain: str = "movies"):
-        prompt = encode_examples(tokenizer, [[]], [None], domain)[0].tokens
+        prompt = tokenizer.examples([[]], [None], domain)[0].tokens
         answers = []
         for start in range(0, len(titles), 10_000):
             part = titles[start:start + 10_000]
-            for e in encode_examples(tokenizer, [[]] * len(part), part, domain):
+            for e in tokenizer.examples([[]] * len(part), part, domain):
                 answers.append([t for t, label in zip(e.tokens, e.labels) if label != IGNORE])
                 if e.tokens[:-len(answers[-1])] != prompt:
                     raise ValueError(

@@ -77,7 +77,7 @@ def llama() -> Llama:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return tiny_tokenizer(TITLES, np.ones(len(TITLES), dtype=int), "movies", 540)
+    return tiny_tokenizer(TITLES, np.ones(len(TITLES), dtype=int), "movies", 330)
 
 
 @pytest.fixture(scope="session")

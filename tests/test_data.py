@@ -11,7 +11,7 @@ import torch
 from conftest import TITLES
 
 from data import (IGNORE, NO_ITEM, Batch, Example, Interactions, Tokenizer, batches, build_prompt,
-                  check_context, collate, encode_example, encode_examples, make_sequences,
+                  check_context, collate, encode_example, make_sequences,
                   show_prompt, split_by_time)
 
 
@@ -154,11 +154,11 @@ def test_a_token_that_straddles_a_quote_belongs_to_the_item(llama3_tokenizer):
 def test_many_examples_are_the_same_as_one_at_a_time(llama3_tokenizer):
     histories, targets = [HISTORY, HISTORY[2:5], TITLES[:3]], ["Ran", None, "Heat"]
     ages = [None, [2.0, 0.5, 0.5], None]
-    assert encode_examples(llama3_tokenizer, histories, targets, "movies", ages) == [
+    assert llama3_tokenizer.examples(histories, targets, "movies", ages) == [
         encode_example(llama3_tokenizer, *one, "movies", age)
         for *one, age in zip(histories, targets, ages)]
     with pytest.raises(ValueError, match="shorter"):
-        encode_examples(llama3_tokenizer, histories, targets[:2])
+        llama3_tokenizer.examples(histories, targets[:2])
 
 
 @pytest.mark.parametrize("which", ["tokenizer", "llama3_tokenizer"])

@@ -34,7 +34,7 @@ def small_world():
     """Few users, and a base that is tinier still: these tests are about the path, not quality."""
     draw, recipe = SyntheticWorld.interactions, replace(
         cetrec.TINY_BASES["synthetic"], num_hidden_layers=1, hidden_size=32, intermediate_size=64,
-        epochs=1, max_sequences=64)
+        pieces=768, epochs=1, max_sequences=64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SyntheticWorld, "interactions", lambda self, seed: draw(self, 120, seed))
         patch.setattr(cetrec, "TinyBase", lambda: recipe)
