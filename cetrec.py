@@ -17,6 +17,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,17 +38,15 @@ from tqdm import tqdm
 
 from data import (NO_ITEM, Batch, Sequences, Tokenizer, batches, check_context, collate,
                   encode_example, show_prompt)
-from evaluate import (GroundedBeams, device_of, evaluate_order, format_table, list_values,
-                      mean_and_error, summarise)
+from evaluate import GroundedBeams, device_of, format_table, mean_and_error
 from llama import Block, KVCache, Llama, LlamaConfig, load_llama, rotate
-from lora import add_lora, lora_parameters
+from lora import add_lora
 from support.checkpoints import find_checkpoint, fingerprint
-from support.floors import CountingFloors
+from support.floors import result_table
 from support.options import TEMPORAL, Options, Where, add_flags, parse
 from support.runs import (Journal, check_same, check_writable, choose_device, exit_status,
                           load_adapter, new_folder, next_commands, open_data, read_run,
                           rows_that_fit, save_adapter, save_arrays, write_json)
-from support.synthetic import SyntheticWorld, oracle_rows
 from support.tiny import TINY_BASES, TinyBase, tiny_base
 from support.trie import ExactTitles, TitleBeams
 
@@ -249,13 +248,18 @@ class Tuning:
     micro_batch: int = 0        # rows at a time; 0: as many as fit
 
 
+def tuned_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The factors Φ (Eq. 2); baselines may add some. All else is frozen: see add_lora."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
     """Linear warm-up to the peak, then linear decay to zero (D5). step counts from 1."""
     return peak * min(step / max(1, warmup), (total - step + 1) / max(1, total - warmup), 1.0)
 
 
-def backward(model: TemporalLlama, batch: Batch, lambda_ct: float,
-             rows: int) -> list[Tensor | None]:
+def backward(model: TemporalLlama, batch: Batch, lambda_ct: float, rows: int,
+             loss: Callable = cetrec_loss) -> list[Tensor | None]:
     """The gradient of Eq. 10 for a batch, so many rows at a time. Returns (L, L_TA, L_CT).
 
     The losses are means over targets. So a part of the batch counts by its share of the targets,
@@ -264,19 +268,20 @@ def backward(model: TemporalLlama, batch: Batch, lambda_ct: float,
     device, parts = device_of(model), []
     for part in batch.split(rows):
         share = len(part.targets) / len(batch.targets)
-        losses = cetrec_loss(model, part.to(device), lambda_ct)
+        losses = loss(model, part.to(device), lambda_ct)
         (share * losses[0]).backward()
         parts.append([x if x is None else share * x.detach() for x in losses])
     return [None if x[0] is None else sum(x) for x in zip(*parts)]
 
 
 def tuning_step(model: TemporalLlama, batch: Batch, optimizer: torch.optim.Optimizer, lr: float,
-                lambda_ct: float, rows: int) -> list[Tensor | None]:
+                lambda_ct: float, rows: int,
+                loss: Callable = cetrec_loss) -> list[Tensor | None]:
     """One step: two worlds, one loss, its gradient, clipped at norm 1, an update of the factors.
 
     Only the factors Φ are in the optimizer (Eq. 2). Returns (L, L_TA, L_CT or None).
     """
-    losses = backward(model, batch, lambda_ct, rows)
+    losses = backward(model, batch, lambda_ct, rows, loss)
     for group in optimizer.param_groups:
         group["lr"] = lr
         nn.utils.clip_grad_norm_(group["params"], 1.0)
@@ -286,7 +291,8 @@ def tuning_step(model: TemporalLlama, batch: Batch, optimizer: torch.optim.Optim
 
 
 @torch.no_grad()
-def validation_loss(model: TemporalLlama, sequences: Sequences, batch_size: int) -> float:
+def validation_loss(model: TemporalLlama, sequences: Sequences, batch_size: int,
+                    loss: Callable = cetrec_loss) -> float:
     """L_TA per supervised token over the given sequences, dropout off.
 
     L_CT is left out, because only the factual world is used to recommend (§4.4).
@@ -295,13 +301,13 @@ def validation_loss(model: TemporalLlama, sequences: Sequences, batch_size: int)
     total, count = 0.0, 0
     for batch in tqdm(batches(model.tokenizer, sequences, batch_size, np.random.default_rng(0)),
                       desc="validation", unit="batch", leave=False, disable=None):
-        loss_ta = cetrec_loss(model, batch.to(device_of(model)), lambda_ct=0)[1]
+        loss_ta = loss(model, batch.to(device_of(model)), lambda_ct=0)[1]
         total, count = total + float(loss_ta) * len(batch.targets), count + len(batch.targets)
     return total / count
 
 
 def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, how: Tuning,
-          folder: Path, base: str | None = None) -> dict:
+          folder: Path, base: str | None = None, loss: Callable = cetrec_loss) -> dict:
     """Tune the LoRA factors Φ by Eq. 10; the best epoch by validation L_TA stays in the model.
 
     Stops after one epoch that is no better (D5). The journal keeps log.jsonl and checkpoints in the
@@ -309,7 +315,7 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, how:
     Returns the steps done and the validation losses.
     """
     rng = np.random.default_rng(how.seed)
-    optimizer = torch.optim.AdamW(lora_parameters(model), lr=how.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(tuned_parameters(model), lr=how.lr, weight_decay=0.0)
     worlds, recompute = 1 if how.lambda_ct == 0 else 2, model.llama.run_block is RECOMPUTE
     with Journal(folder, optimizer, rng, how.steps, how.lambda_ct) as journal:
         while journal.goes_on():
@@ -319,9 +325,9 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, how:
                 lr = learning_rate(journal.step + 1, how.steps, how.lr, how.warmup)
                 rows = how.micro_batch or rows_that_fit(model.llama.config, batch,
                                                         device_of(model), worlds, recompute)
-                losses = tuning_step(model, batch, optimizer, lr, how.lambda_ct, rows)
+                losses = tuning_step(model, batch, optimizer, lr, how.lambda_ct, rows, loss)
                 journal.note(lr, losses)
-            loss_ta = validation_loss(model, valid_set, how.batch_size)
+            loss_ta = validation_loss(model, valid_set, how.batch_size, loss)
             journal.validated(loss_ta, save=partial(save_adapter, model, folder, base))
         journal.restore_best()
         model.eval()
@@ -334,15 +340,38 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, how:
 RECOMPUTE = partial(checkpoint, use_reentrant=False)
 
 
+def title_lists(model: TemporalLlama, test_set: Sequences, options: Options) -> dict[str, Callable]:
+    """The recommenders that --lists names, by the names that they have in the result table."""
+    kept = options.exclude_history
+    makers = {"beams": (f"{options.beams} beams, grounded", GroundedBeams, options.decoding()),
+              "titles": ("10 beams on titles", TitleBeams, kept),
+              "exact": ("all titles scored", ExactTitles, kept)}
+    return {name: make(model, test_set.titles, test_set.domain, how)
+            for name, make, how in (makers[kind] for kind in options.lists)}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What may differ between methods that tune one base in one protocol (§5.1.3).
+
+    These defaults are CETRec. experiments/llm_baselines.py has four others.
+    """
+
+    name: str = "cetrec"
+    wrap: Callable = lambda model, splits: model    # puts what it adds round the base
+    loss: Callable = cetrec_loss
+    lists: Callable = title_lists
+
+
 def open_model(options: Options, source: Path, adapter: Path | None = None,
-               fits: tuple[Sequences, ...] = ()) -> TemporalLlama:
+               splits: tuple[Sequences, ...] = (), method: Method = Method()) -> TemporalLlama:
     """The base and, if given, its adapter; prints what it read.
 
-    Raises ValueError, before weights are read, if a prompt of `fits` is longer than the context.
+    Raises ValueError, before weights are read, if a prompt of the splits exceeds the context.
     """
     device, dtype = choose_device(options)
     config, tokenizer = LlamaConfig.from_folder(source), Tokenizer.from_folder(source)
-    for part in fits:
+    for part in splits:
         check_context(tokenizer, part, config.max_position_embeddings)
     started = time.perf_counter()
     llama, digest = load_llama(source, device, dtype), fingerprint(source)
@@ -354,66 +383,43 @@ def open_model(options: Options, source: Path, adapter: Path | None = None,
     print(f"base {source} | digest {digest} | {config.vocab_size:,} tokens | read in "
           f"{time.perf_counter() - started:.1f} s | on {device}{threads}, "
           f"{'as stored' if dtype is None else str(dtype).removeprefix('torch.')}")
-    model = TemporalLlama(llama, options.temporal, options.sinpe_scale, tokenizer, options.index,
-                          digest)
+    model = method.wrap(TemporalLlama(llama, options.temporal, options.sinpe_scale, tokenizer,
+                                      options.index, digest), splits)
     if adapter:
         load_adapter(model, adapter)
     return model.eval()
 
 
-def evaluate(model: TemporalLlama, train_set: Sequences, test_set: Sequences,
-             world: SyntheticWorld | None, options: Options) -> tuple[dict, dict]:
-    """All rows of the result table, with a line on the protocol and one on Eq. 7; arrays by test
-    sequence."""
-    histories = [test_set.history(i) for i in range(len(test_set))]
-    law, kept = None if world is None else world.law(histories), options.exclude_history
-    makers = {"beams": (f"{options.beams} beams, grounded", GroundedBeams, options.decoding()),
-              "titles": ("10 beams on titles", TitleBeams, kept),
-              "exact": ("all titles scored", ExactTitles, kept)}
-    recommenders = {name: make(model, test_set.titles, test_set.domain, how)
-                    for name, make, how in (makers[name] for name in options.lists)}
-    rows, arrays = evaluate_order(recommenders, test_set, law)
-    targets, floors = arrays["target"], CountingFloors(train_set, len(test_set.titles))
-    rows |= {name: summarise(list_values(items, targets, law))
-             for name, items in floors.lists(histories, kept).items()}
-    if world is not None:
-        rows |= oracle_rows(world, histories, law)
-    answers = answer_log_likelihood(model, test_set)
-    valued = ", lists valued by the law of the world" if world is not None else ""
-    arrays |= {"answers": answers, "popularity": floors.popularity, "seen": train_set.seen()}
-    return {"protocol": f"{len(test_set):,} test sequences, {len(test_set.titles):,} candidates, "
-            f"history {'excluded' if kept else 'kept'}{valued}", "rows": rows,
-            "effect": mean_and_error(answers[:, 0] - answers[:, 1])}, arrays
-
-
 def run(options: Options, out: Path, folder: Path | None = None, base: Path | None = None,
-        tune: bool = True) -> None:
+        tune: bool = True, method: Method = Method()) -> None:
     """One run from data to results. With the folder of a run and its base: go on with that run, or
     evaluate its adapter only."""
     check_writable(folder or out)
     device, _ = choose_device(options)
-    (train_set, valid_set, test_set), world, record = open_data(options)
+    splits, world, record = open_data(options)
+    train_set, valid_set, test_set = splits
     if base is None and options.model == "tiny":
         base = tiny_base(out, train_set, options.seed, device,
                          TINY_BASES.get(options.data, TinyBase()))
     source = base or find_checkpoint(options.model)
-    model = open_model(options, source, None if tune else folder, (train_set, valid_set, test_set))
+    model = open_model(options, source, None if tune else folder, splits, method)
     torch.manual_seed(options.seed)
     if tune:
-        add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout,
+        add_lora(model.llama, options.lora_rank, options.lora_alpha, options.lora_dropout,
                  options.lora_targets)
         example = encode_example(model.tokenizer, train_set.words(train_set.history(0)),
                                  train_set.titles[train_set.target(0)], train_set.domain,
                                  train_set.ages(0))
         print("a training prompt, each item ⟨marked⟩ with its index k\n"
               f"{show_prompt(model.tokenizer, example)}")
-    record |= {"options": options.record(), "settings": model.settings(),
+    record |= {"method": method.name, "options": options.record(), "settings": model.settings(),
                "base": source.name if options.model == "tiny" else str(source),
                "vocabulary": model.llama.config.vocab_size,
                "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                             "numpy": np.__version__, "tokenizers": tokenizers.__version__}}
     if folder is None:
-        folder = new_folder(out, f"{Path(options.data).resolve().name}-{options.temporal}")
+        name = options.temporal if method.name == "cetrec" else method.name
+        folder = new_folder(out, f"{Path(options.data).resolve().name}-{name}")
         write_json(folder / "run.json", record)
     else:
         check_same(folder, record)
@@ -421,17 +427,23 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
         if tune:
             epoch = options.epoch(train_set)
             steps, warmup = options.schedule(len(epoch))
-            trainable = sum(p.numel() for p in lora_parameters(model))
-            print(f"tuning {trainable:,} parameters | temporal {options.temporal} | λ = "
+            tuned = sum(p.numel() for p in tuned_parameters(model))
+            print(f"tuning {tuned:,} parameters | temporal {options.temporal} | λ = "
                   f"{options.lambda_ct:g} | at most {steps:,} steps, {warmup} of them warm-up")
             how = Tuning(options.lambda_ct, options.lr, options.batch_size, steps, warmup,
                          options.seed, options.micro_batch)
             record["tuning"] = train(model, epoch, valid_set.sample(1_000, options.seed), how,
-                                     folder, None if options.model == "tiny" else options.model)
+                                     folder, None if options.model == "tiny" else options.model,
+                                     method.loss)
         test_set = test_set.sample(options.eval_sequences, options.seed)
-        result, arrays = evaluate(model, train_set, test_set, world, options)
+        result, arrays = result_table(method.lists(model, test_set, options), train_set, test_set,
+                                      world, options.exclude_history)
+        if model.kind != "none":
+            answers = arrays["answers"] = answer_log_likelihood(model, test_set)
+            result["effect"] = mean_and_error(answers[:, 0] - answers[:, 1])
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with --resume {folder}" if tune else "") from None
+        again = f"go on with --resume {folder}" if tune and method.name == "cetrec" else ""
+        raise KeyboardInterrupt(again) from None
     finish(folder, record | result, arrays, test_set, tune)
 
 
@@ -443,10 +455,12 @@ def finish(folder: Path, record: dict, arrays: dict, test_set: Sequences, tune: 
     write_json(folder / ("run.json" if tune else "eval.json"), record)
     if tune:
         (folder / "checkpoint.safetensors").unlink()
-    mean, error = record["effect"]
-    print(f"{record['protocol']}\n{format_table(record['rows'])}\neffect of order on log p(answer) "
-          f"(Eq. 7): {mean:+.4f} ± {error:.4f} nats, factual minus erased world\nwritten {folder}; "
-          f"look at it with\n{next_commands(folder, test_set.titles[test_set.target(0)])}")
+    print(f"{record['protocol']}\n{format_table(record['rows'])}")
+    if "effect" in record:
+        print("effect of order on log p(answer) (Eq. 7): {:+.4f} ± {:.4f} nats, factual minus "
+              "erased world".format(*record["effect"]))
+    print(f"written {folder}; look at it with\n"
+          f"{next_commands(folder, test_set.titles[test_set.target(0)])}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -70,14 +70,25 @@ class Run:
 
     @property
     def kinds(self) -> dict[str, str]:
-        """Kind of list -> the name that it has in rows and arrays."""
+        """Kind of list -> the name that it has in rows and arrays.
+
+        Baselines that score every item have one list only. It is compared with lists of all kinds.
+        """
+        kinds = list(dict.fromkeys(self.options["lists"]))
         names = [name for name in self.record["rows"] if f"values/{name}/original" in self.arrays]
-        return dict(zip(dict.fromkeys(self.options["lists"]), names))
+        return dict(zip(kinds, names if len(names) > 1 else names * len(kinds)))
+
+    @property
+    def lists(self) -> list[str]:
+        """The names of all lists in rows and arrays."""
+        return list(dict.fromkeys(self.kinds.values()))
 
     @property
     def setting(self) -> str:
         """What usually distinguishes runs."""
-        return f"{self.options['temporal']}, λ = {self.options['lambda_ct']:g}"
+        method = self.record["method"]
+        name = self.options["temporal"] if method == "cetrec" else method
+        return f"{name}, λ = {self.options['lambda_ct']:g}" if method in ("cetrec", "cft") else name
 
 
 def read(path: Path, parse: Callable, otherwise: str):
@@ -103,6 +114,7 @@ def read_record(path: Path) -> dict:
     """What run.json or eval.json holds. Raises KeyError for what a report cannot do without."""
     record = read_object(path)
     missing = {"lists", "temporal", "lambda_ct", "index", "sinpe_scale"} - record["options"].keys()
+    missing |= {"method"} - record.keys()
     if "rows" in record:
         missing |= {"protocol", "arrays"} - record.keys()
     if missing:
@@ -143,7 +155,7 @@ def members_of_groups(run: Run) -> dict[str, np.ndarray]:
 def groups_table(run: Run) -> str:
     """What each kind of list is worth for each group that has members."""
     rows = {}
-    for name in run.kinds.values():
+    for name in run.lists:
         values = run.arrays[f"values/{name}/original"]
         rows[name] = summarise(values)
         rows |= {f"{name} | {group} ({members.sum():,})": summarise(values[members])
@@ -169,7 +181,7 @@ COLUMNS = {
 def lists_table(run: Run) -> str:
     """What is recommended: a line for each kind of list, one for the answers, and a legend."""
     popularity, targets = run.arrays["popularity"], run.arrays["target"]
-    lists = {name: run.arrays[f"lists/{name}/original"] for name in run.kinds.values()}
+    lists = {name: run.arrays[f"lists/{name}/original"] for name in run.lists}
     exact = lists.get(run.kinds.get("exact"))
     lines = {}
     for name, made in lists.items():
@@ -202,7 +214,7 @@ def standing(run: Run) -> str:
                 "recommender coincide")
     lines = ["on the way from the best order-blind recommender (0 %) to the best order-aware one "
              "(100 %)"]
-    for name in run.kinds.values():
+    for name in run.lists:
         way = {m: (rows[name][m][0] - blind[m][0]) / (aware[m][0] - blind[m][0]) for m in METRICS}
         lines.append(f"  {name}: " + ", ".join(f"{m} {100 * x:+.0f} %" for m, x in way.items()))
     return "\n".join(lines)
@@ -210,14 +222,15 @@ def standing(run: Run) -> str:
 
 def describe(run: Run) -> str:
     """All that is known of one run, as text."""
-    answers = run.arrays["answers"]
-    (nats, error), (p, p_error) = (mean_and_error(part[:, 0] - part[:, 1])
-                                   for part in (answers, np.exp(answers)))
+    effect, answers = "", run.arrays.get("answers")
+    if answers is not None:                         # there is a temporal embedding
+        (nats, error), (p, p_error) = (mean_and_error(part[:, 0] - part[:, 1])
+                                       for part in (answers, np.exp(answers)))
+        effect = ("\neffect of order on the answer (Eq. 7), factual minus erased world\n"
+                  f"  log p {nats:+.4f} ± {error:.4f} nats, p {p:+.5f} ± {p_error:.5f}")
     parts = [
         f"{run.name} | {run.setting} | evaluation in {run.source}\n{run.record['protocol']}\n"
-        f"{format_table(run.record['rows'])}\n"
-        "effect of order on the answer (Eq. 7), factual minus erased world\n"
-        f"  log p {nats:+.4f} ± {error:.4f} nats, p {p:+.5f} ± {p_error:.5f}",
+        f"{format_table(run.record['rows'])}{effect}",
         f"by length of history, and by whether training saw the answer\n{groups_table(run)}",
         f"what is recommended\n{lists_table(run)}"]
     if "best, order-blind" in run.record["rows"]:

@@ -1,9 +1,15 @@
-"""Floors: what counting reaches without a model. A recommender below them has learned nothing."""
+"""Floors: what counting reaches without a model. A recommender below them has learned nothing.
+
+They stand in the result table of every run and of every baseline, which is made here.
+"""
+
+from collections.abc import Callable
 
 import numpy as np
 
 from data import Sequences
-from evaluate import LENGTH
+from evaluate import LENGTH, evaluate_order, list_values, summarise
+from support.synthetic import SyntheticWorld, oracle_rows
 
 
 class CountingFloors:
@@ -58,3 +64,26 @@ class CountingFloors:
             parts.append({name: np.argsort(-s, axis=1, kind="stable")[:, :LENGTH]
                           for name, s in scores.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def result_table(recommenders: dict[str, Callable], train_set: Sequences, test_set: Sequences,
+                 world: SyntheticWorld | None, exclude_history: bool) -> tuple[dict, dict]:
+    """The result table of a run, with a line on its protocol; and arrays by test sequence.
+
+    recommenders: see evaluate_order. Floors are added, and in a synthetic world, by whose law all
+    lists are valued then, its oracles.
+    """
+    histories = [test_set.history(i) for i in range(len(test_set))]
+    law = None if world is None else world.law(histories)
+    rows, arrays = evaluate_order(recommenders, test_set, law)
+    floors = CountingFloors(train_set, len(test_set.titles))
+    rows |= {name: summarise(list_values(items, arrays["target"], law))
+             for name, items in floors.lists(histories, exclude_history).items()}
+    valued = ""
+    if world is not None:
+        rows |= oracle_rows(world, histories, law)
+        valued = ", lists valued by the law of the world"
+    protocol = (f"{len(test_set):,} test sequences, {len(test_set.titles):,} candidates, history "
+                f"{'excluded' if exclude_history else 'kept'}{valued}")
+    return ({"protocol": protocol, "rows": rows},
+            arrays | {"popularity": floors.popularity, "seen": train_set.seen()})

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -126,6 +127,9 @@ def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Opti
     try:
         saved = json.loads(record.read_text(encoding="utf-8"))
         model, base, ended = saved["options"]["model"], Path(saved["base"]), "rows" in saved
+        if saved["method"] != "cetrec":
+            raise ValueError(f"{folder}: a run of the baseline {saved['method']}; {flag} and what "
+                             "loads its model want a run of cetrec.py")
         options = Options.from_record(saved["options"], **given | {"model": model})
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{record}: not the record of a run of this version ({error!r})") from None
@@ -261,8 +265,14 @@ def rows_that_fit(config: LlamaConfig, batch: Batch, device: torch.device, world
 
 
 def save_adapter(model, folder: Path, base: str | None = None) -> None:
-    """Write factors and settings of a TemporalLlama; base is the name of the base, for peft."""
+    """Write factors and settings of a TemporalLlama; base is the name of the base, for peft.
+
+    What a baseline puts round the Llama (experiments/llm_baselines.py) goes to parts.safetensors.
+    """
     save_lora(model, folder, base)
+    if parts := parts_round_the_base(model):
+        save_arrays({name: p.numpy(force=True) for name, p in parts.items()},
+                    folder / "parts.safetensors")
     write_json(folder / "temporal.json", model.settings())
 
 
@@ -286,6 +296,15 @@ def load_adapter(model, folder: Path) -> None:
         raise ValueError(f"{path}: the adapter was tuned with {tuned}; this model has {here}. Give "
                          "it the base and the settings it was tuned with")
     load_lora(model, folder)
+    if parts := parts_round_the_base(model):
+        kept = load_file(folder / "parts.safetensors")
+        for name, p in parts.items():
+            p.data.copy_(kept[name])
+
+
+def parts_round_the_base(model) -> dict[str, torch.nn.Parameter]:
+    """Parameters outside the Llama, by name. CETRec has none."""
+    return {name: p for name, p in model.named_parameters() if not name.startswith("llama.")}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -412,8 +431,8 @@ class Journal:
             if not math.isfinite(loss):
                 raise ValueError(f"loss is {loss} at step {step}; try a smaller --lr or "
                                  f"--lambda-ct. The best adapter, if any, is in {self.folder}")
-            both = "" if ct is None else f" + {self.lambda_ct:g} x ct {ct:.3f}"
-            told = f"loss {loss:.3f} = ta {ta:.3f}{both}"
+            parts = "" if ct is None else f" = ta {ta:.3f} + {self.lambda_ct:g} x ct {ct:.3f}"
+            told = f"loss {loss:.3f}{parts}"
             line = (f"step {step:>5}/{self.total} | {told} | lr {lr:.1e} | {ms:.0f} ms | "
                     f"{peak_memory(self.factors[0].device):.1f} GB | {self._left(now)}")
             self.bar.set_postfix_str(told, refresh=False)

@@ -255,7 +255,7 @@ def test_an_interrupted_command_says_how_to_go_on_and_goes_on(finished, tmp_path
         assert main(["--resume", str(broken)]) == 2 and message in capsys.readouterr().err
         (broken / "run.json").write_text(json.dumps(record))
     with monkeypatch.context() as once_more:
-        once_more.setattr(cetrec, "evaluate_order", no_evaluation)
+        once_more.setattr(cetrec, "result_table", no_evaluation)
         assert main(["--resume", str(broken)]) == 130 and len(calls) == 4 + 3
     assert main(["--eval-only", str(broken)]) == 0              # looks, and changes nothing
     assert f"{broken} is not complete; this takes its best epoch" in capsys.readouterr().out
@@ -302,7 +302,7 @@ def test_flags_reach_the_run(tmp_path, capsys, flags, wanted, monkeypatch):
         return lambda *inputs: compiled.append(1) or call(*inputs)
 
     def step(model, batch, *rest):
-        rows.append((rest[-1], rest[1]))
+        rows.append((rest[3], rest[1]))
         return cetrec_step(model, batch, *rest)
     cetrec_step = cetrec.tuning_step
     monkeypatch.setattr(cetrec, "tuning_step", step)

@@ -112,7 +112,8 @@ def make_run(folder: Path, base: str = "tiny-1", **more) -> Options:
     options = Options.from_flags({"data": "ml-100k", "lr": 0.5} | more.pop("given", {}))
     folder.mkdir()
     (folder.parent / base).mkdir(exist_ok=True)
-    write_json(folder / "run.json", {"options": options.record(), "base": base} | more)
+    write_json(folder / "run.json", {"method": "cetrec", "options": options.record(),
+                                     "base": base} | more)
     return options
 
 
@@ -409,7 +410,7 @@ def test_a_line_is_printed_for_the_first_step_every_fifth_of_all_and_the_last(tm
 
 def test_with_lambda_0_there_is_one_loss(tmp_path, capsys):
     tune(journal(tmp_path, 2, lambda_ct=0), 2, [1.0], one=(2.0, 2.0, None))
-    assert "step     2/2 | loss 2.000 = ta 2.000 | lr" in capsys.readouterr().out
+    assert "step     2/2 | loss 2.000 | lr" in capsys.readouterr().out
     assert '"loss_ct": null' in (tmp_path / "log.jsonl").read_text()
 
 
