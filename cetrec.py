@@ -275,8 +275,7 @@ def backward(model: TemporalLlama, batch: Batch, lambda_ct: float, rows: int,
 
 
 def tuning_step(model: TemporalLlama, batch: Batch, optimizer: torch.optim.Optimizer, lr: float,
-                lambda_ct: float, rows: int,
-                loss: Callable = cetrec_loss) -> list[Tensor | None]:
+                lambda_ct: float, rows: int, loss: Callable = cetrec_loss) -> list[Tensor | None]:
     """One step: two worlds, one loss, its gradient, clipped at norm 1, an update of the factors.
 
     Only the factors Φ are in the optimizer (Eq. 2). Returns (L, L_TA, L_CT or None).
