@@ -29,7 +29,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
-import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,15 +37,15 @@ from tqdm import tqdm
 
 from data import (NO_ITEM, Batch, Sequences, Tokenizer, batches, check_context, collate,
                   encode_example, show_prompt)
-from evaluate import GroundedBeams, device_of, format_table, mean_and_error
+from evaluate import GroundedBeams, device_of, mean_and_error
 from llama import Block, KVCache, Llama, LlamaConfig, load_llama, rotate
 from lora import add_lora
 from support.checkpoints import find_checkpoint, fingerprint
 from support.floors import result_table
 from support.options import TEMPORAL, Options, Where, add_flags, parse
-from support.runs import (Journal, check_same, check_writable, choose_device, exit_status,
-                          load_adapter, new_folder, next_commands, open_data, read_run,
-                          rows_that_fit, save_adapter, save_arrays, write_json)
+from support.runs import (Journal, check_same, check_writable, choose_device, exit_status, finish,
+                          load_adapter, new_folder, open_data, read_run, rows_that_fit,
+                          save_adapter, versions, write_json)
 from support.tiny import TINY_BASES, TinyBase, tiny_base
 from support.trie import ExactTitles, TitleBeams
 
@@ -414,8 +413,7 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
     record |= {"method": method.name, "options": options.record(), "settings": model.settings(),
                "base": source.name if options.model == "tiny" else str(source),
                "vocabulary": model.llama.config.vocab_size,
-               "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                            "numpy": np.__version__, "tokenizers": tokenizers.__version__}}
+               "versions": versions()}
     if folder is None:
         name = options.temporal if method.name == "cetrec" else method.name
         folder = new_folder(out, f"{Path(options.data).resolve().name}-{name}")
@@ -444,22 +442,6 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
         again = f"go on with --resume {folder}" if tune and method.name == "cetrec" else ""
         raise KeyboardInterrupt(again) from None
     finish(folder, record | result, arrays, test_set, tune)
-
-
-def finish(folder: Path, record: dict, arrays: dict, test_set: Sequences, tune: bool) -> None:
-    """Write what was found, beside the run's own files if it was only evaluated, and print it."""
-    record["arrays"] = save_arrays(
-        arrays, folder / ("evaluation.safetensors" if tune else "eval-evaluation.safetensors"))
-    write_json(folder / "catalogue.json", {"domain": test_set.domain, "titles": test_set.titles})
-    write_json(folder / ("run.json" if tune else "eval.json"), record)
-    if tune:
-        (folder / "checkpoint.safetensors").unlink()
-    print(f"{record['protocol']}\n{format_table(record['rows'])}")
-    if "effect" in record:
-        print("effect of order on log p(answer) (Eq. 7): {:+.4f} ± {:.4f} nats, factual minus "
-              "erased world".format(*record["effect"]))
-    print(f"written {folder}; look at it with\n"
-          f"{next_commands(folder, test_set.titles[test_set.target(0)])}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -157,14 +157,7 @@ class Options:
                       choices=["auto", "stored", "float32", "bfloat16", "float16"])
 
     def __post_init__(self):
-        for f in fields(self):
-            value, low, choices = getattr(self, f.name), f.metadata["low"], f.metadata["choices"]
-            if low is not None and not low <= value < LARGEST:      # not a number is refused, too
-                raise ValueError(f"{as_flag(f.name)} is {value}; wanted a finite number of at "
-                                 f"least {low}, below 10^18")
-            if choices and value not in (*choices, f.metadata["presets"]["published"]):
-                raise ValueError(f"{as_flag(f.name)} is {value!r}; wanted one of "
-                                 f"{', '.join(choices)}")
+        check_values(self)
         check_preparation(self.data, self.sample, self.chronological)
         if self.index == "time" and self.data == "lastfm" and not self.chronological:
             raise ValueError("--index time wants times, and lastfm as the field uses it has none; "
@@ -191,12 +184,8 @@ class Options:
         if given.keys() & {"epochs", "max_steps"}:      # whoever says how long means it
             given.setdefault("least_steps", 0)
         data = given.get("data", "synthetic")
-        wanted = ["published"] if given.get("model", "tiny") != "tiny" else [
-            data, "tiny", "published"]
-        presets = {f.name: f.metadata["presets"] for f in fields(cls)}
-        values = {name: next(preset[key] for key in wanted if key in preset)
-                  for name, preset in presets.items()} | {"sample": SAMPLE.get(data, 1.0)}
-        options = cls(**values | given)
+        wanted = () if given.get("model", "tiny") != "tiny" else (data, "tiny")
+        options = cls(**defaults(cls, *wanted) | {"sample": SAMPLE.get(data, 1.0)} | given)
         options.check_use(given)
         return options
 
@@ -267,6 +256,24 @@ class Where:
                                  "its own data and base; goes with the flags of this group, "
                                  "--data-dir, --device, --dtype, and --model where the base has "
                                  "moved", None, told="tune first", metavar="RUN")
+
+
+def defaults(kind, *wanted: str) -> dict:
+    """The default of every field of a dataclass of flags: of the first preset that it has."""
+    return {f.name: next(f.metadata["presets"][name] for name in (*wanted, "published")
+                         if name in f.metadata["presets"]) for f in fields(kind)}
+
+
+def check_values(options) -> None:
+    """Raise ValueError for a field below its least value, or not among its choices."""
+    for f in fields(options):
+        value, low, choices = getattr(options, f.name), f.metadata["low"], f.metadata["choices"]
+        if low is not None and not low <= value < LARGEST:      # not a number is refused, too
+            raise ValueError(f"{as_flag(f.name)} is {value}; wanted a finite number of at "
+                             f"least {low}, below 10^18")
+        if choices and value not in (*choices, f.metadata["presets"]["published"]):
+            raise ValueError(f"{as_flag(f.name)} is {value!r}; wanted one of "
+                             f"{', '.join(choices)}")
 
 
 def as_flag(name: str) -> str:

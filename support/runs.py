@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -31,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Batch, Sequences, make_sequences, split_by_time
+from evaluate import format_table
 from llama import LlamaConfig
 from lora import load_lora, save_lora
 from support.checkpoints import find_checkpoint
@@ -98,15 +100,41 @@ def new_folder(out: Path, name: str) -> Path:
     return folder
 
 
-def next_commands(folder: Path, title: str) -> str:
+def versions() -> dict[str, str]:
+    """Of what results depend on, for run.json."""
+    return {"python": sys.version.split()[0], "torch": torch.__version__,
+            "numpy": np.__version__, "tokenizers": tokenizers.__version__}
+
+
+def finish(folder: Path, record: dict, arrays: dict, test_set: Sequences,
+           tuned: bool = True) -> None:
+    """Write what was found, beside the run's own files if it was only evaluated, and print it."""
+    record["arrays"] = save_arrays(
+        arrays, folder / ("evaluation.safetensors" if tuned else "eval-evaluation.safetensors"))
+    write_json(folder / "catalogue.json", {"domain": test_set.domain, "titles": test_set.titles})
+    write_json(folder / ("run.json" if tuned else "eval.json"), record)
+    if tuned:
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    print(f"{record['protocol']}\n{format_table(record['rows'])}")
+    if "effect" in record:
+        print("effect of order on log p(answer) (Eq. 7): {:+.4f} ± {:.4f} nats, factual minus "
+              "erased world".format(*record["effect"]))
+    title = test_set.titles[test_set.target(0)] if record["method"] == "cetrec" else None
+    print(f"written {folder}; look at it with\n{next_commands(folder, title)}")
+
+
+def next_commands(folder: Path, title: str | None) -> str:
     """What can be done with a finished run, as lines to paste into a shell.
 
-    title is one of the catalogue, which may hold characters that a shell would take for its own.
+    title is one of the catalogue, which may hold characters that a shell would take for its own; it
+    is None for a baseline, whose model only its own command can load.
     """
-    run, title = shlex.quote(str(folder)), shlex.quote(title)
-    return (f"  python -m experiments.report {run}        # its tables and figures on a page\n"
-            f"  python -m experiments.explain {run} 0     # a test sequence in both worlds\n"
-            f"  python -m experiments.recommend {run} {title}     # ten titles")
+    run = shlex.quote(str(folder))
+    lines = [f"  python -m experiments.report {run}        # its tables and figures on a page"]
+    if title is not None:
+        lines += [f"  python -m experiments.explain {run} 0     # a test sequence in both worlds",
+                  f"  python -m experiments.recommend {run} {shlex.quote(title)}     # ten titles"]
+    return "\n".join(lines)
 
 
 def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Options, Path]:
