@@ -481,9 +481,9 @@ class Journal:
         tensors = {f"best/{i}": x for i, x in enumerate(self.best)}
         tensors["random/cpu"] = torch.get_rng_state()
         for i, p in enumerate(self.factors):
-            kept = self.optimizer.state[p]
-            tensors |= {f"factor/{i}": p.detach(), f"mean/{i}": kept["exp_avg"],
-                        f"square/{i}": kept["exp_avg_sq"]}
+            tensors[f"factor/{i}"] = p.detach()
+            if kept := self.optimizer.state.get(p):     # nothing, if no step had a gradient for it
+                tensors |= {f"mean/{i}": kept["exp_avg"], f"square/{i}": kept["exp_avg_sq"]}
         if (kind := self.factors[0].device.type) != "cpu":
             tensors[f"random/{kind}"] = torch.get_device_module(kind).get_rng_state()
         done = {"step": self.step, "batch": self.batch, "losses": self.losses,
