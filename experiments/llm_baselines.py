@@ -262,7 +262,7 @@ class LLaRA(ItemLlama):
         super().__init__(model, tokenizer, z, nn.Sequential(nn.Linear(d, C), nn.GELU(),
                                                             nn.Linear(C, C)))
         table = self.llama.embed_tokens.weight
-        spread = float(table.float().std())
+        spread = table.detach().float().std().item()
         self.register_buffer("placeholder", spread * torch.randn(
             C, generator=torch.Generator().manual_seed(seed)).to(table.device), persistent=False)
         self.hybrid, self.rows, self.done = True, rows, 0       # rows: of all steps together
@@ -420,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{as_flag(extra[0])} goes with methods that write titles; {name} has "
                              "lists of its own")
         options = Options.from_flags(given)
-        lists = ("titles",) if name in ("p5", "e4srec") else options.lists
+        lists = ("titles",) if name == "p5" else options.lists
         options = replace(options, temporal="none", lists=lists,
                           lambda_ct=options.lambda_ct if name == "cft" else 0.0)
         cetrec.run(options, out, method=method_of(name, options, out))

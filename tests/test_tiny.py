@@ -9,7 +9,7 @@ from conftest import TITLES
 
 from data import IGNORE, NO_ITEM, Tokenizer, build_prompt, collate, encode_example
 from llama import load_llama
-from support.tiny import (SEEN, TinyBase, tiny_base, tiny_tokenizer, title_labels,
+from support.tiny import (SEEN, TinyBase, tiny_base, tiny_tokenizer, supervise_titles,
                           tokenizer_for)
 
 RECIPE = TinyBase(pieces=300, hidden_size=16, intermediate_size=32, max_sequences=32,
@@ -45,9 +45,9 @@ def test_the_base_is_trained_on_shuffled_histories(tmp_path, world_splits, monke
     assert asked == [True, True]        # 32 sequences are two steps, each of them an epoch here
 
 
-def test_title_labels_supervise_history_titles_and_the_answer(tokenizer):
+def test_the_base_is_supervised_on_history_titles_and_the_answer(tokenizer):
     batch = collate([encode_example(tokenizer, TITLES[:n], TITLES[-n]) for n in (3, 6, 4)])
-    labels = title_labels(batch)
+    labels = supervise_titles(batch).labels
     for row in range(3):
         for t in range(batch.tokens.shape[1] - 1):
             wanted = (batch.tokens[row, t + 1] if batch.item_pos[row, t + 1] != NO_ITEM else
