@@ -124,8 +124,8 @@ class NumberTokenizer(Tokenizer):
         made = []
         for history, target in zip(histories, targets, strict=True):
             items = " , ".join(f"item_{self.numbers[title]}" for title in history)
-            prompt = self.bpe.encode(f"{domain} {items} were consumed in this order. What is the "
-                                     "next item ?\nResponse:").ids
+            prompt = self.bpe.encode(f"These {domain} were consumed in this order. What is the "
+                                     f"next item ?\n{items}\nResponse:").ids
             answer = [] if target is None else self.bpe.encode(
                 f" item_{self.numbers[target]}", add_special_tokens=False).ids + [self.eos_ids[0]]
             made.append(Example(prompt + answer, [NO_ITEM] * len(prompt + answer),

@@ -40,7 +40,7 @@ SYSTEMS: dict[str, tuple[Callable, list[str]]] = {      # name -> command and it
     "CETRec-SinPE": (cetrec.main, ["--temporal", "sinpe"]),
     "CETRec-RoPE": (cetrec.main, ["--temporal", "rope"])}
 SHARED = {"data", "data_dir", "sample", "model", "eval_sequences", "device", "out"}
-TRIAL = {ID: ["--epochs", "5"], LLM: ["--max-steps", "200"], cetrec.main: ["--max-steps", "200"]}
+TRIAL = {ID: ["--epochs", "5"], LLM: ["--max-steps", "100"], cetrec.main: ["--max-steps", "100"]}
 FLOORS = ("popularity", "co-occurrence, newest item", "co-occurrence, whole history")
 
 

@@ -176,8 +176,9 @@ def test_a_prompt_of_p5_and_what_is_supervised(p5, splits):
     numbers = p5.tokenizer.numbers
     example, = p5.tokenizer.examples([["Ran", "Heat"]], ["Jumanji (1995)"], "movies")
     text = p5.tokenizer.decode(example.tokens)
-    assert text == (f"movies item_{numbers['Ran']} , item_{numbers['Heat']} were consumed in this "
-                    "order. What is the next item ?\nResponse: item_" + numbers["Jumanji (1995)"])
+    assert text == ("These movies were consumed in this order. What is the next item ?\n"
+                    f"item_{numbers['Ran']} , item_{numbers['Heat']}\n"
+                    f"Response: item_{numbers['Jumanji (1995)']}")
     answer = [t for t in example.labels if t != IGNORE]
     assert p5.tokenizer.decode(answer) == f" item_{numbers['Jumanji (1995)']}"
     assert answer[-1] == p5.tokenizer.eos_ids[0] and example.tokens[-len(answer):] == answer
@@ -385,7 +386,8 @@ def test_64_records_are_learned_by_heart(name, steps, lr):
     """HR@1 is 1 after tuning factors beside a frozen base that knows the titles only."""
     world = SyntheticWorld(items=30)
     numbers = [f"{before}item_{1001 + i}" for i in range(30) for before in (" , ", "")]
-    tokenizer = tiny_tokenizer(world.titles + numbers, np.full(90, SEEN), "movies", 340)
+    tokenizer = tiny_tokenizer([*world.titles, *numbers, *["\nResponse:"] * 9], [SEEN] * 99,
+                               "movies", 340)
     records = make_sequences(world.interactions(150))
     sets = [f"{np.sort(records.history(i))}" for i in range(len(records))]
     _, first = np.unique(sets, return_index=True)       # order alone would take long to learn
