@@ -52,6 +52,10 @@ def exit_status(work: Callable[[], None]) -> int:
     """
     try:
         work()
+        sys.stdout.flush()
+    except BrokenPipeError:     # who read the output, as `head` does, has had enough: say no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141              # as a shell has it for a command that SIGPIPE ended
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -368,7 +372,7 @@ class Journal:
         self.pending: list[tuple] = []          # steps that the log does not have yet
         end = self._load() if (folder / "checkpoint.safetensors").is_file() else 0
         self.log = open(folder / "log.jsonl", "a", encoding="utf-8")
-        self.log.truncate(end)
+        self.log.truncate(min(end, self.log.tell()))            # it may have been deleted
         self.bar = tqdm(total=total, initial=self.step, desc="tuning", unit="step", disable=None,
                         leave=False)
 

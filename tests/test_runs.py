@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shlex
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -406,6 +407,29 @@ def test_a_line_is_printed_for_the_first_step_every_fifth_of_all_and_the_last(tm
                                                                               total, wanted):
     tune(journal(tmp_path, total), 1_000, [1.0])
     assert printed_steps(capsys.readouterr().out) == wanted
+
+
+def test_a_log_that_was_deleted_begins_anew(tmp_path, monkeypatch):
+    book = journal(tmp_path, 3)
+    with book:
+        for _ in book.epoch(lambda: iter(range(9))):
+            if book.step == 2:
+                break
+            book.note(1e-3, [torch.tensor(1.0)] * 3)
+        book._save()
+    (tmp_path / "log.jsonl").unlink()
+    tune(journal(tmp_path, 3), 9, [1.0])
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("step") for line in lines] == [3, 3]
+
+
+def test_a_reader_who_has_had_enough_ends_the_command_without_a_word():
+    code = ("import sys; sys.path.insert(0, '.'); from support.runs import exit_status; "
+            "sys.exit(exit_status(lambda: [print(i) for i in range(100_000)]))")
+    done = subprocess.run(f'"{sys.executable}" -c "{code}" | head -1; echo ${{PIPESTATUS[0]}}',
+                          shell=True, executable="/bin/bash", capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent)
+    assert done.stdout == "0\n141\n" and done.stderr == ""
 
 
 def test_with_lambda_0_there_is_one_loss(tmp_path, capsys):
