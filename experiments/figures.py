@@ -64,7 +64,10 @@ def _short(title: str, width: int = 34) -> str:
 
 
 def training_curves(runs: Sequence):
-    """L_TA and L_CT by step, smoothed over a fiftieth of the run, and validation L_TA by epoch."""
+    """L_TA and L_CT by step, smoothed over a fiftieth of the run, and validation L_TA by epoch.
+
+    For baselines, which have other losses, these are what stands in their place.
+    """
     runs = [run for run in runs if any("loss_ta" in line for line in run.log)]
     if not runs:
         return None
@@ -72,8 +75,9 @@ def training_curves(runs: Sequence):
     for ax, run in zip(panels, runs):
         steps = [line for line in run.log if "loss_ta" in line]
         step = np.array([line["step"] for line in steps])
-        for key, name, colour, style in (("loss_ta", "$L_{TA}$ (Eq. 9)", DARK, "-"),
-                                         ("loss_ct", "$L_{CT}$ (Eq. 8)", MIDDLE, "--")):
+        ta, ct = (("$L_{TA}$ (Eq. 9)", "$L_{CT}$ (Eq. 8)") if run.record["method"] == "cetrec" else
+                  ("the answer's loss", "the effect's loss"))
+        for key, name, colour, style in (("loss_ta", ta, DARK, "-"), ("loss_ct", ct, MIDDLE, "--")):
             values = np.array([line[key] for line in steps], dtype=float)     # None becomes nan
             if np.isnan(values).all():
                 continue
@@ -86,7 +90,7 @@ def training_curves(runs: Sequence):
                            linestyle=":", label="ln V: the worlds agree")
         epochs = [line for line in run.log if "validation_ta" in line]
         ax.plot([line["step"] for line in epochs], [line["validation_ta"] for line in epochs], "D",
-                color="black", markerfacecolor="white", label="validation $L_{TA}$")
+                color="black", markerfacecolor="white", label=f"{ta}, validation")
         ax.set_title(_label(run), fontsize=10, parse_math=False)
         ax.set_xlabel("step")
         ax.set_yscale("log")

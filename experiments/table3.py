@@ -4,9 +4,9 @@
 
 A cell is a system with a seed, and is one run of cetrec.py, of experiments.llm_baselines or of
 experiments.id_baselines. Cells are kept in cells.json below --out, and those that are there are not
-run again. Before its cells, each system is trained with a third, once and three times its learning
-rate, all alike short; the best rate by its own validation is the one it gets. The test split is not
-looked at for that.
+run again. With the first seed each system is trained at a third, at once and at three times its
+default learning rate. The rate that is best on its own validation, where the test split is not
+looked at, is the one it gets.
 """
 
 import argparse
@@ -40,58 +40,53 @@ SYSTEMS: dict[str, tuple[Callable, list[str]]] = {      # name -> command and it
     "CETRec-SinPE": (cetrec.main, ["--temporal", "sinpe"]),
     "CETRec-RoPE": (cetrec.main, ["--temporal", "rope"])}
 SHARED = {"data", "data_dir", "sample", "model", "eval_sequences", "device", "out"}
-TRIAL = {ID: ["--epochs", "5"], LLM: ["--max-steps", "100"], cetrec.main: ["--max-steps", "100"]}
 FLOORS = ("popularity", "co-occurrence, newest item", "co-occurrence, whole history")
 
 
 class Cells:
-    """Runs below a folder, by the command line that made them."""
+    """Runs below a folder, by the command lines that made them."""
 
-    def __init__(self, out: Path):
-        self.out, self.index = out, out / "cells.json"
+    def __init__(self, out: Path, given: dict):
+        self.out, self.given, self.index = out, given, out / "cells.json"
         self.folders = json.loads(self.index.read_text()) if self.index.is_file() else {}
 
-    def record(self, command: Callable, flags: list[str]) -> dict:
-        """run.json of a finished run, which is made now if it is not there. Raises ValueError for a
-        run that failed, and KeyboardInterrupt for one that was interrupted."""
+    def record(self, name: str, seed: int, lr: float) -> dict:
+        """run.json of a system's run, which is made now if it is not there.
+
+        Raises ValueError for a run that fails, and KeyboardInterrupt for one that is interrupted.
+        """
+        command, own = SYSTEMS[name]
+        flags = own + [x for key, value in (self.given | {"seed": seed}).items()
+                       if command is not ID or key != "model" for x in (as_flag(key), str(value))]
+        flags += ["--lr", f"{lr:.2g}"]
         line = " ".join([command.__module__, *flags])
         path = self.out / self.folders.get(line, "none") / "run.json"
-        record = json.loads(path.read_text()) if path.is_file() else {}
-        if "rows" in record:
-            return record
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
         before = set(self.out.iterdir())
         status = command([*flags, "--out", str(self.out)])
         if status == 130:
-            raise KeyboardInterrupt("the same command goes on with the next cell")
+            raise KeyboardInterrupt("the same command goes on with this cell")
         if status:
-            raise ValueError(f"this cell failed: {line}")
-        folder, = (path for path in set(self.out.iterdir()) - before
-                   if (path / "run.json").is_file())
-        write_json(self.index, self.folders | {line: folder.name})
-        self.folders[line] = folder.name
-        return json.loads((folder / "run.json").read_text())
+            raise ValueError(f"this cell failed, see above: {line}")
+        made, = (p for p in set(self.out.iterdir()) - before if (p / "run.json").is_file())
+        self.folders[line] = made.name
+        write_json(self.index, self.folders)
+        return json.loads((made / "run.json").read_text(encoding="utf-8"))
 
-
-def flags_of(name: str, given: dict) -> list[str]:
-    """A system's own flags, and those given that its command knows."""
-    command, flags = SYSTEMS[name]
-    return flags + [x for key, value in given.items() if command is not ID or key != "model"
-                    for x in (as_flag(key), str(value))]
-
-
-def best_rate(cells: Cells, name: str, given: dict) -> float:
-    """The learning rate of three with which a system's validation is best after short training."""
-    command, flags = SYSTEMS[name]
-    rate = defaults(id_baselines.Recipe, flags[1])["lr"] if command is ID else (
-        Options.from_flags({key: given[key] for key in given.keys() & {"data", "model"}}).lr)
-    reached = {}
-    for lr in (rate / 3, rate, 3 * rate):
-        tuning = cells.record(command, [
-            *flags_of(name, given | {"eval_sequences": 50, "seed": 0}), *TRIAL[command], "--lr",
-            f"{lr:.2g}"])["tuning"]
-        reached[lr] = (-max(tuning["validation_ndcg10"]) if command is ID else
-                       min(tuning["validation_ta"]))
-    return min(reached, key=reached.get)
+    def best_rate(self, name: str, seed: int) -> float:
+        """Of the default learning rate, a third and three times as much, the best on validation:
+        by NDCG@10 for the ID models, by the loss of the answers for the others."""
+        command, own = SYSTEMS[name]
+        chosen = {key: self.given[key] for key in self.given.keys() & {"data", "model"}}
+        rate = (defaults(id_baselines.Recipe, own[1])["lr"] if command is ID else
+                Options.from_flags(chosen).lr)
+        errors = {}
+        for lr in (rate, rate / 3, 3 * rate):
+            tuning = self.record(name, seed, lr)["tuning"]
+            errors[lr] = (-max(tuning["validation_ndcg10"]) if command is ID else
+                          min(tuning["validation_ta"]))
+        return min(errors, key=errors.get)
 
 
 def lines_of(name: str, records: list[dict], rate: float) -> list[str]:
@@ -102,7 +97,8 @@ def lines_of(name: str, records: list[dict], rate: float) -> list[str]:
         made, cells = row.partition(" | ")[0], []
         for metric in METRICS:
             values = [record["rows"][made][metric][0] for record in records]
-            cells.append(f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}")
+            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.4f}{spread}")
         change = [record["rows"][row]["NDCG@10"][0] for record in records]
         lines.append(f"| {name} | {made} | {' | '.join(cells)} | {np.mean(change):+.0f} % | "
                      f"{rate:.2g} | {minutes:.1f} |")
@@ -111,21 +107,17 @@ def lines_of(name: str, records: list[dict], rate: float) -> list[str]:
 
 def table(systems: list[str], seeds: list[int], given: dict, out: Path) -> list[str]:
     """Run what is not there, and give the table as lines of Markdown."""
-    cells, started, done = Cells(out), time.perf_counter(), 0
+    cells, started = Cells(out, given), time.perf_counter()
     lines, records = [
         f"| system | list | {' | '.join(METRICS)} | NDCG@10 reversed | rate | minutes |",
         "|---|---|" + "---|" * (len(METRICS) + 3)], []
-    for name in systems:
-        rate, records = best_rate(cells, name, given), []
-        for seed in seeds:
-            records.append(cells.record(SYSTEMS[name][0], [
-                *flags_of(name, given | {"seed": seed}), "--lr", f"{rate:.2g}"]))
-            done += 1
-            minutes = (time.perf_counter() - started) / 60
-            left = len(systems) * len(seeds) - done
-            print(f"cell {done}/{done + left} | {name}, seed {seed} | {minutes:.0f} min so far, "
-                  f"about {minutes / done * left:.0f} left", flush=True)
+    for done, name in enumerate(systems, start=1):
+        rate = cells.best_rate(name, seeds[0])
+        records = [cells.record(name, seed, rate) for seed in seeds]
         lines += lines_of(name, records, rate)
+        minutes = (time.perf_counter() - started) / 60
+        print(f"system {done}/{len(systems)} | {name} | {minutes:.0f} min so far, about "
+              f"{minutes / done * (len(systems) - done):.0f} left", flush=True)
     for floor in FLOORS:
         means = [np.mean([record["rows"][floor][m][0] for record in records]) for m in METRICS]
         lines.append(f"| {floor} | | " + " | ".join(f"{x:.4f}" for x in means) + " | | | |")

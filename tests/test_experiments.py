@@ -1126,7 +1126,8 @@ def test_training_curves_are_the_log(run, run_folder, draw):
                                 ("loss_ta", "loss_ct"), strict=True):
         assert raw.tolist() == [[line["step"], line[key]] for line in log[:3]]
         assert smooth == pytest.approx(raw)
-    assert lines_of(ax, label="validation $L_{TA}$")[0].tolist() == [[3, log[3]["validation_ta"]]]
+    (points,) = lines_of(ax, label="$L_{TA}$ (Eq. 9), validation")
+    assert points.tolist() == [[3, log[3]["validation_ta"]]]
     (ax,) = draw.training_curves([replace(run, record=run.record | {"vocabulary": 1_234})]).axes
     (agree,) = lines_of(ax, label="ln V: the worlds agree")
     assert agree[:, 1] == pytest.approx(math.log(1_234))

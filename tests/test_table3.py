@@ -1,0 +1,88 @@
+"""experiments/table3.py: cells are made once, rates come from validation."""
+
+import json
+
+import numpy as np
+import pytest
+
+import cetrec
+from experiments import id_baselines, table3
+from support.synthetic import SyntheticWorld
+
+SYSTEMS = {"SASRec": (id_baselines.main, ["--method", "sasrec", "--epochs", "2", "--width", "8"]),
+           "BIGRec": (cetrec.main, ["--temporal", "none", "--max-steps", "2", "--batch-size", "16",
+                                    "--limit-train", "64"])}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(the folder, what was printed, how often each command was called)"""
+    out, draw = tmp_path_factory.mktemp("table"), SyntheticWorld.interactions
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SyntheticWorld, "interactions", lambda self, seed: draw(self, 120, seed))
+        patch.setitem(cetrec.TINY_BASES, "synthetic", cetrec.TinyBase(
+            pieces=300, hidden_size=32, intermediate_size=64, max_sequences=64))
+        patch.setattr(table3, "SYSTEMS", {name: (command, own) for name, (command, own) in
+                                          SYSTEMS.items()})
+        given = ["--seeds", "0", "1", "--systems", "SASRec", "BIGRec", "--eval-sequences", "6",
+                 "--out", str(out)]
+        assert table3.main(given) == 0
+        before = {path: path.stat().st_mtime_ns for path in (out / "table3").glob("*/run.json")}
+        assert table3.main(given) == 0                      # nothing is left to be run
+        calls = {path: path.stat().st_mtime_ns for path in (out / "table3").glob("*/run.json")}
+        assert calls == before and len(calls) == 2 * (3 + 1)    # three rates, one more seed
+    return out / "table3"
+
+
+def test_the_table_holds_means_and_deviations_at_the_rate_that_validation_prefers(made):
+    lines = (made / "table3.md").read_text().splitlines()
+    assert lines[0].startswith("6 test sequences, 300 candidates") and lines[0].endswith("0, 1")
+    folders = json.loads((made / "cells.json").read_text())
+    records = {line: json.loads((made / folder / "run.json").read_text())
+               for line, folder in folders.items()}
+    for name, chosen in (("sasrec", lambda t: -max(t["validation_ndcg10"])),
+                         ("none", lambda t: min(t["validation_ta"]))):
+        first = {line: chosen(record["tuning"]) for line, record in records.items()
+                 if f" {name} " in line and "--seed 0 " in line}
+        assert len(first) == 3
+        rate = min(first, key=first.get).split("--lr ")[1]
+        cells = [record for line, record in records.items()
+                 if f" {name} " in line and line.endswith(f"--lr {rate}")]
+        made_by = "all items scored" if name == "sasrec" else "5 beams, grounded"
+        hits = [record["rows"][made_by]["HR@5"][0] for record in cells]
+        row = next(line for line in lines if f"| {made_by} |" in line)
+        assert len(cells) == 2
+        assert f"| {np.mean(hits):.4f} ± {np.std(hits, ddof=1):.4f} |" in row
+        assert f" | {rate} | " in row
+    assert sum("| BIGRec |" in line for line in lines) == 2         # two lists
+    popular = [record["rows"]["popularity"]["HR@10"][0] for line, record in records.items()
+               if " none " in line and line.endswith(f"--lr {rate}")]
+    (floor,) = (line for line in lines if line.startswith("| popularity"))
+    assert f"| {np.mean(popular):.4f} |" in floor
+
+
+def test_a_cell_that_fails_or_is_interrupted_ends_the_table_and_is_not_kept(tmp_path, monkeypatch,
+                                                                            capsys):
+    for status, wanted, message in ((2, 2, "this cell failed"), (130, 130, "goes on with this")):
+        monkeypatch.setattr(table3, "SYSTEMS", {"SASRec": (lambda flags, s=status: s, [])})
+        monkeypatch.setattr(table3, "ID", table3.SYSTEMS["SASRec"][0])
+        monkeypatch.setattr(table3.Cells, "best_rate", lambda self, name, seed: self.record(
+            name, seed, 0.1))
+        assert table3.main(["--systems", "SASRec", "--out", str(tmp_path)]) == wanted
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "table3" / "cells.json").exists()
+
+
+def test_an_unknown_system_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        table3.main(["--systems", "BERT4Rec"])
+    assert stop.value.code == 2 and "invalid choice: 'BERT4Rec'" in capsys.readouterr().err
+
+
+def test_every_system_of_the_paper_has_a_command_that_knows_its_flags():
+    assert len(table3.SYSTEMS) == 10 + 3                # the paper's, and three with another loss
+    for command, own in table3.SYSTEMS.values():
+        with pytest.raises(SystemExit) as stop:
+            command([*own, "--help"])
+        assert stop.value.code == 0
