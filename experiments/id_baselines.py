@@ -201,7 +201,7 @@ class Recipe:
     epochs: int = flag("baseline", "times through the training split, at most", 100, low=1,
                        metavar="N")
     patience: int = flag("baseline", "stop after so many epochs without a better NDCG@10 on "
-                         "validation", 5, low=1, metavar="N")
+                         "validation", 10, low=1, metavar="N")
 
     def __post_init__(self):
         check_values(self)
