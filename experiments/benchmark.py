@@ -43,7 +43,7 @@ from lora import ALL_LINEAR, LoraLinear, add_lora, lora_parameters
 from support.datasets import load_interactions, prepare
 from support.runs import exit_status, open_data, peak_memory, read_run, rows_that_fit, write_json
 from support.synthetic import GENRES, SyntheticWorld
-from support.tiny import SEEN, TINY_BASES, tiny_tokenizer, tokenizer_for
+from support.tiny import TINY_BASES, tiny_tokenizer, tokenizer_for
 from support.trie import Trie, catalogue_log_likelihood
 
 SHAPES = {      # width, layers, heads, key/value heads, inner width, vocabulary, tied
@@ -258,7 +258,7 @@ def all_titles(titles: int, users: int, apart: bool) -> Callable:
     rows of prompt and title, 32 at a time. -> (users, titles)
     """
     names = made_up_titles(titles)
-    tokenizer = tiny_tokenizer(names, np.full(titles, SEEN), "movies", 1_024)
+    tokenizer = tiny_tokenizer(names, np.zeros(titles), "movies", 4_096)
     config = shape("tiny", tokenizer.bpe.get_vocab_size())
     model = TemporalLlama(random_llama(config, "cpu", torch.float32), "rope", tokenizer=tokenizer)
     prompts = [(prompt(e), e.item_pos[:len(prompt(e))]) for e in examples(config, users)]

@@ -238,7 +238,9 @@ class HybridTokenizer(Tokenizer):
         """The example with a token more for each title of its history."""
         k, titles = example.item_pos, iter(history)
         ends = [t for t in range(len(k) - 1) if k[t] != NO_ITEM and k[t + 1] != k[t]]
-        assert len(ends) == len(history), "a title without a token of its own"
+        if len(ends) != len(history):
+            raise ValueError(f"with this tokenizer {len(history)} titles of a history have tokens "
+                             f"of their own for {len(ends)} only; use another --model")
         out = Example(*(list(part) for part in (example.tokens, k, example.labels)))
         for shift, t in enumerate(ends, start=1):
             out.tokens.insert(t + shift, self.ids[next(titles)])
