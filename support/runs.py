@@ -509,9 +509,10 @@ class Journal:
             done = json.loads(notes["done"])
             for i, p in enumerate(self.factors):
                 p.data.copy_(tensors[f"factor/{i}"])
-                self.optimizer.state[p] = {"step": torch.tensor(float(done["step"])),
-                                           "exp_avg": tensors[f"mean/{i}"].to(p.device),
-                                           "exp_avg_sq": tensors[f"square/{i}"].to(p.device)}
+                if f"mean/{i}" in tensors:
+                    self.optimizer.state[p] = {"step": torch.tensor(float(done["step"])),
+                                               "exp_avg": tensors[f"mean/{i}"].to(p.device),
+                                               "exp_avg_sq": tensors[f"square/{i}"].to(p.device)}
             for name in [name for name in tensors if name.startswith("random/")]:
                 kind = name.removeprefix("random/")
                 module = torch if kind == "cpu" else torch.get_device_module(kind)

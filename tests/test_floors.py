@@ -1,9 +1,11 @@
 """support/floors.py: counting against dense matrices."""
 
 import numpy as np
+import pytest
 
 from data import Interactions, make_sequences, split_by_time
-from support.floors import CountingFloors
+from evaluate import Lists
+from support.floors import CountingFloors, result_table
 from support.synthetic import SyntheticWorld
 
 
@@ -55,3 +57,35 @@ def test_many_histories_are_served_as_few():
     for name, lists in many.items():
         assert lists.shape == (1_005, 10)
         np.testing.assert_array_equal(lists[998:], late[name])
+
+
+def test_a_result_table_has_the_floors_the_oracles_and_what_training_saw():
+    world = SyntheticWorld(items=40)
+    train, _, test = split_by_time(make_sequences(world.interactions(60)))
+    train, test = train.select(slice(0, 20)), test.select(slice(0, 8))
+    asked = []
+
+    def first_ten(histories, ages, progress):
+        asked.append(progress)
+        return Lists(np.tile(np.arange(10), (len(histories), 1)), np.zeros((8, 10)),
+                     np.zeros((8, 0), dtype=bool))
+    result, arrays = result_table({"ten": first_ten}, train, test, world, True)
+    assert asked == ["ten, original", "ten, reversed", "ten, shuffled"]
+    assert result["protocol"] == ("8 test sequences, 40 candidates, history excluded, lists valued "
+                                  "by the law of the world")
+    law = world.law([test.history(i) for i in range(8)])
+    assert result["rows"]["ten"]["HR@5"][0] == pytest.approx(law[:, :5].sum(axis=1).mean())
+    floors = CountingFloors(train, 40).lists([test.history(i) for i in range(8)])
+    for name, lists in floors.items():
+        wanted = np.take_along_axis(law, lists, axis=1).sum(axis=1).mean()
+        assert result["rows"][name]["HR@10"][0] == pytest.approx(wanted)
+    assert "best, order-aware" in result["rows"]
+    assert arrays["popularity"].tolist() == np.bincount(train.items[train.targets],
+                                                        minlength=40).tolist()
+    seen = {int(i) for s, e in zip(train.starts, train.targets) for i in train.items[s:e + 1]}
+    assert set(np.flatnonzero(arrays["seen"])) == seen and len(seen) < 40
+    drawn, _ = result_table({"ten": first_ten}, train, test, None, False)
+    assert drawn["protocol"] == "8 test sequences, 40 candidates, history kept"
+    hits = (test.items[test.targets] < 5).mean()
+    assert drawn["rows"]["ten"]["HR@5"][0] == pytest.approx(hits)
+    assert "best, order-aware" not in drawn["rows"]

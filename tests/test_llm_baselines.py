@@ -19,6 +19,7 @@ from experiments.report import Run, compare
 from llama import Llama
 from lora import ALL_LINEAR, add_lora
 from support.options import Options
+from support.runs import load_adapter, save_adapter
 from support.synthetic import SyntheticWorld
 from support.tiny import SEEN, TinyBase, pretrain, tiny_tokenizer
 from support.trie import TitleBeams
@@ -378,6 +379,26 @@ def test_e4srecs_scores_do_not_depend_on_the_batch_but_on_order_and_on_the_table
 
 
 # ------------------------------------------------------------ All four
+
+
+@pytest.mark.parametrize("name", ["llara", "p5", "e4srec"])
+def test_what_stands_round_the_base_is_saved_and_loaded_with_the_factors(name, splits, tmp_path,
+                                                                         tokenizer):
+    def build():
+        plain = a_plain(tokenizer)
+        return {"llara": lambda: LLaRA(plain, splits, a_table(), 100, 0),
+                "p5": lambda: P5(plain, splits, 0),
+                "e4srec": lambda: E4SRec(plain, splits, a_table())}[name]().eval()
+    model, again = build(), build()
+    add_lora(model.llama)
+    for p in cetrec.tuned_parameters(model):
+        p.data += 0.1 * torch.randn_like(p)
+    save_adapter(model, tmp_path)
+    load_adapter(again, tmp_path)
+    batch = batch_of(model, splits[0], 0, 20)
+    ours, theirs = (m.logits(m(batch.tokens, batch.item_pos)) for m in (model, again))
+    assert torch.equal(ours, theirs)
+    assert not torch.allclose(ours, build().logits(build()(batch.tokens, batch.item_pos)))
 
 
 @pytest.mark.parametrize("name, steps, lr", [

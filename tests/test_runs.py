@@ -423,6 +423,23 @@ def test_a_log_that_was_deleted_begins_anew(tmp_path, monkeypatch):
     assert [json.loads(line).get("step") for line in lines] == [3, 3]
 
 
+def test_a_factor_that_no_step_had_a_gradient_for_is_kept_too(tmp_path):
+    def two_factors() -> Journal:
+        one, other = (torch.nn.Parameter(torch.full((2,), value)) for value in (1.0, 2.0))
+        optimizer = torch.optim.AdamW([one, other])
+        one.grad = torch.ones(2)
+        optimizer.step()
+        return Journal(tmp_path, optimizer, np.random.default_rng(0), 9, 0.1)
+    with two_factors() as book:
+        book.factors[1].data.fill_(5.0)
+        book.sampling = book.rng.bit_generator.state
+        book._save()
+    with two_factors() as again:
+        assert again.factors[1].tolist() == [5.0, 5.0]
+        assert torch.equal(again.factors[0], book.factors[0])
+        assert not again.optimizer.state.get(again.factors[1])
+
+
 def test_a_reader_who_has_had_enough_ends_the_command_without_a_word():
     code = ("import sys; sys.path.insert(0, '.'); from support.runs import exit_status; "
             "sys.exit(exit_status(lambda: [print(i) for i in range(100_000)]))")
