@@ -190,8 +190,10 @@ def item_table(out: Path, splits, options: Options, device: torch.device) -> Ten
     if not path.is_file():
         torch.manual_seed(options.seed)
         model = id_baselines.SASRec(len(train_set.titles), recipe.width).to(device)
-        id_baselines.fit(model, train_set, valid_set.sample(1_000, options.seed), recipe,
-                         options.seed, lambda line: print(f"SASRec | {line}"))
+        done = id_baselines.fit(model, train_set, valid_set.sample(1_000, options.seed), recipe,
+                                options.seed, log=lambda line: None)
+        print(f"SASRec for item embeddings | {done['epochs']} epochs in {done['seconds']:.0f} s | "
+              f"validation NDCG@10 {max(done['validation_ndcg10']):.4f}")
         path.parent.mkdir(parents=True, exist_ok=True)
         save_arrays({name: x.numpy(force=True) for name, x in model.state_dict().items()}, path)
     return load_file(path, device=str(device))["embedding.weight"][:-1]         # without the pads
