@@ -323,6 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(ap, argv)
 
     def work() -> None:
+        """One run of the model that was asked for."""
         chosen = {f.name: given.pop(f.name) for f in fields(Recipe) if f.name in given}
         recipe = Recipe(**defaults(Recipe, chosen.get("method", "sasrec")) | chosen)
         out = Path(given.pop("out", "runs"))

@@ -375,16 +375,26 @@ FLAGS = {f.name for f in (*fields(Options), *fields(Where))} - {
 def method_of(name: str, options: Options, out: Path) -> cetrec.Method:
     """What cetrec.run needs to know of a baseline."""
     def with_z(build: Callable) -> Callable:
-        """(model, splits) -> the model with the item embeddings of a SASRec."""
-        return lambda model, splits: build(
-            model, splits, item_table(out, splits, options, device_of(model.llama)))
+        """(model, splits) -> the model with the item embeddings of a SASRec.
+
+        Its own maps are drawn from the seed, whether or not a SASRec had to be trained before.
+        """
+        def wrap(model: TemporalLlama, splits) -> TemporalLlama:
+            z = item_table(out, splits, options, device_of(model.llama))
+            torch.manual_seed(options.seed)
+            return build(model, splits, z)
+        return wrap
 
     def llara(model: TemporalLlama, splits, z: Tensor) -> LLaRA:
         steps, _ = options.schedule(len(options.epoch(splits[0])))
         return LLaRA(model, splits, z, steps * options.batch_size, options.seed)
 
+    def with_domain(model: TemporalLlama, splits) -> TemporalLlama:
+        model.domain = splits[0].domain         # of the data: --domain is not always given
+        return model
+
     def cft(model: TemporalLlama, batch: Batch, lambda_ct: float) -> tuple:
-        return cft_loss(model, batch, lambda_ct, options.domain or "movies")
+        return cft_loss(model, batch, lambda_ct, model.domain)
 
     def number_beams(model: P5, test_set: Sequences, options: Options) -> dict[str, Callable]:
         return {"10 beams on numbers": TitleBeams(model, test_set.titles, test_set.domain,
@@ -392,7 +402,7 @@ def method_of(name: str, options: Options, out: Path) -> cetrec.Method:
 
     def item_scores(model: E4SRec, test_set: Sequences, options: Options) -> dict[str, Callable]:
         return {"all items scored": LlmItemScores(model, test_set, options.exclude_history)}
-    return {"cft": cetrec.Method("cft", loss=cft),
+    return {"cft": cetrec.Method("cft", with_domain, cft),
             "llara": cetrec.Method("llara", with_z(llara), llara_loss),
             "p5": cetrec.Method("p5", lambda model, splits: P5(model, splits, options.seed),
                                 lists=number_beams),
@@ -417,6 +427,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(ap, argv)
 
     def work() -> None:
+        """One run of the method that was asked for."""
         name, out = given.pop("method", "cft"), Path(given.pop("out", "runs"))
         if name != "cft" and given.keys() & {"lambda_ct"}:
             raise ValueError(f"--lambda-ct goes with --method cft; {name} has one loss")

@@ -137,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(ap, argv)
 
     def work() -> None:
+        """All cells, then the table."""
         systems, seeds = given.pop("systems"), given.pop("seeds")
         out = Path(given.pop("out", "runs")) / "table3"
         check_writable(out)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from experiments.llm_baselines import (P5, E4SRec, LlmItemScores, LLaRA, cft_los
 from experiments.report import Run, compare
 from llama import Llama
 from lora import ALL_LINEAR, add_lora
-from support.options import Options
+from support.options import Options, defaults
 from support.runs import load_adapter, save_adapter
 from support.synthetic import SyntheticWorld
 from support.tiny import SEEN, TinyBase, pretrain, tiny_tokenizer
@@ -150,6 +151,15 @@ def test_without_lambda_and_weights_cft_is_bigrec(plain, splits, monkeypatch):
     loss, loss_n, none = cft_loss(plain, batch, 0.0, "movies")
     assert none is None and loss is loss_n
     torch.testing.assert_close(loss, cetrec_loss(plain, batch, 0.0)[0])
+
+
+def test_cft_words_its_second_prompt_as_the_data_want_it(plain, splits, monkeypatch):
+    asked = []
+    monkeypatch.setattr(llm_baselines, "cft_loss", lambda *given: asked.append(given[3]))
+    method = method_of("cft", Options.from_flags({"data": "steam"}), None)
+    games = [replace(part, domain="games") for part in splits]
+    method.loss(method.wrap(plain, games), None, 0.1)
+    assert asked == ["games"]
 
 
 # ------------------------------------------------------------ P5
@@ -376,6 +386,20 @@ def test_e4srecs_scores_do_not_depend_on_the_batch_but_on_order_and_on_the_table
     e4srec.z[2] += 1.0
     assert not torch.allclose(scores(0, 1, 2)[0], together[0], atol=1e-4)
     torch.testing.assert_close(scores(1), together[1:2], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llara", "e4srec"])
+def test_the_maps_round_the_base_are_drawn_from_the_seed(name, tokenizer, splits, tmp_path,
+                                                         monkeypatch):
+    """The first call trains the table of items, the second finds it."""
+    monkeypatch.setattr(llm_baselines, "defaults", lambda *wanted: defaults(*wanted) | {"epochs": 1})
+
+    def drawn(seed: int) -> list[torch.Tensor]:
+        method = method_of(name, Options.from_flags({"seed": seed}), tmp_path)
+        return [p.clone() for p in method.wrap(a_plain(tokenizer), splits).project.parameters()]
+    first, second, other = drawn(0), drawn(0), drawn(1)
+    assert all(torch.equal(p, q) for p, q in zip(first, second))
+    assert not torch.equal(first[0], other[0])
 
 
 # ------------------------------------------------------------ All four
