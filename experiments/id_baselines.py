@@ -187,8 +187,7 @@ def id_loss(kind: str, model: IdModel, state: Tensor, targets: Tensor) -> Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is trained and how. The numbers are those of DROS; learning rates were chosen on the
-    validation split of ml-100k (docs/baselines.md)."""
+    """What is trained and how. The numbers are those of DROS, except epochs and patience."""
 
     method: str = flag("baseline", "which model", "sasrec", choices=[*MODELS])
     loss: str = flag("baseline", "binary cross-entropy or pairwise ranking against one drawn "

@@ -392,7 +392,8 @@ def test_e4srecs_scores_do_not_depend_on_the_batch_but_on_order_and_on_the_table
 def test_the_maps_round_the_base_are_drawn_from_the_seed(name, tokenizer, splits, tmp_path,
                                                          monkeypatch):
     """The first call trains the table of items, the second finds it."""
-    monkeypatch.setattr(llm_baselines, "defaults", lambda *wanted: defaults(*wanted) | {"epochs": 1})
+    monkeypatch.setattr(llm_baselines, "defaults",
+                        lambda *wanted: defaults(*wanted) | {"epochs": 1})
 
     def drawn(seed: int) -> list[torch.Tensor]:
         method = method_of(name, Options.from_flags({"seed": seed}), tmp_path)
