@@ -13,7 +13,6 @@ llama.py, lora.py and data.py before it, evaluate.py after it.
 Shapes: B batch, T tokens, C width, V vocabulary, M supervised tokens, A places of a row.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -43,9 +42,10 @@ from lora import add_lora
 from support.checkpoints import find_checkpoint, fingerprint
 from support.floors import result_table
 from support.options import TEMPORAL, Options, Where, add_flags, parse
-from support.runs import (Journal, check_same, check_writable, choose_device, exit_status, finish,
+from support.runs import (Journal, check_same, check_writable, choose_device, finish,
                           load_adapter, new_folder, open_data, read_run, rows_that_fit,
                           save_adapter, versions, write_json)
+from support.terminal import Parser, exit_status
 from support.tiny import TINY_BASES, TinyBase, tiny_base
 from support.trie import ExactTitles, TitleBeams
 
@@ -277,12 +277,15 @@ def tuning_step(model: TemporalLlama, batch: Batch, optimizer: torch.optim.Optim
                 lambda_ct: float, rows: int, loss: Callable = cetrec_loss) -> list[Tensor | None]:
     """One step: two worlds, one loss, its gradient, clipped at norm 1, an update of the factors.
 
-    Only the factors Φ are in the optimizer (Eq. 2). Returns (L, L_TA, L_CT or None).
+    Only the factors Φ are in the optimizer (Eq. 2). Returns (L, L_TA, L_CT or None). Raises
+    FloatingPointError, before the update, for a gradient that is not finite.
     """
     losses = backward(model, batch, lambda_ct, rows, loss)
     for group in optimizer.param_groups:
         group["lr"] = lr
-        nn.utils.clip_grad_norm_(group["params"], 1.0)
+        norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
+        if not norm.isfinite():
+            raise FloatingPointError(f"the gradient's norm is {norm}, the loss {losses[0]}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return losses
@@ -315,7 +318,7 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, how:
     rng = np.random.default_rng(how.seed)
     optimizer = torch.optim.AdamW(tuned_parameters(model), lr=how.lr, weight_decay=0.0)
     worlds, recompute = 1 if how.lambda_ct == 0 else 2, model.llama.run_block is RECOMPUTE
-    with Journal(folder, optimizer, rng, how.steps, how.lambda_ct) as journal:
+    with Journal(folder, optimizer, rng, how.steps, how.lambda_ct, model.tokenizer) as journal:
         while journal.goes_on():
             model.train()
             for batch in journal.epoch(partial(batches, model.tokenizer, train_set, how.batch_size,
@@ -397,7 +400,7 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
     splits, world, record = open_data(options)
     train_set, valid_set, test_set = splits
     if base is None and options.model == "tiny":
-        base = tiny_base(out, train_set, options.seed, device,
+        base = tiny_base(out, splits, options.seed, device,
                          TINY_BASES.get(options.data, TinyBase()))
     source = base or find_checkpoint(options.model)
     model = open_model(options, source, None if tune else folder, splits, method)
@@ -413,7 +416,7 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
     record |= {"method": method.name, "options": options.record(), "settings": model.settings(),
                "base": source.name if options.model == "tiny" else str(source),
                "vocabulary": model.llama.config.vocab_size,
-               "versions": versions()}
+               "versions": versions(device)}
     if folder is None:
         name = options.temporal if method.name == "cetrec" else method.name
         folder = new_folder(out, f"{Path(options.data).resolve().name}-{name}")
@@ -446,10 +449,10 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and run. Returns the exit status."""
-    ap = argparse.ArgumentParser(
-        prog="cetrec.py", usage="cetrec.py [flags]", allow_abbrev=False,
-        description="CETRec: tune a Llama so that the order of a history counts, then measure it.",
-        epilog="docs/readings.md explains D1 to D15, what the paper leaves open.")
+    ap = Parser(prog="cetrec.py",
+                description="CETRec: tune a Llama so that the order of a history counts, then "
+                "measure it.",
+                epilog="docs/readings.md explains D1 to D15, what the paper leaves open.")
     add_flags(ap, Options, Where)
     given = parse(ap, argv)
     resume, eval_only = given.pop("resume", None), given.pop("eval_only", None)

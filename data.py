@@ -215,6 +215,9 @@ class Tokenizer:
     bos_id: int | None = None
     pad_id: int = 0                 # fills the ends of rows, where no token looks at it
 
+    def __post_init__(self):
+        self.bpe.encode_special_tokens = True       # a title that says "</s>" ends no answer
+
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
         """Read the tokenizer of a checkpoint folder.

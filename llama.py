@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 
@@ -538,7 +538,7 @@ def save_llama(model: Llama, folder: str | Path) -> None:
               "torch_dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
               **asdict(model.config)}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
+    (folder / "model.safetensors.part").write_bytes(save(tensors, {"format": "pt"}))
     os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
     (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     os.replace(folder / "config.json.part", folder / "config.json")

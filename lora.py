@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -199,8 +199,8 @@ def save_lora(model: nn.Module, folder: str | Path, base: str | None = None) -> 
                 "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
                 "base_model_name_or_path": base}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous().cpu() for name, t in tensors.items()},
-              folder / "adapter_model.safetensors.part", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors.part").write_bytes(
+        save({name: t.contiguous().cpu() for name, t in tensors.items()}, {"format": "pt"}))
     os.replace(folder / "adapter_model.safetensors.part", folder / "adapter_model.safetensors")
     (folder / "adapter_config.json.part").write_text(json.dumps(settings, indent=2) + "\n",
                                                      encoding="utf-8")

@@ -12,7 +12,6 @@ before its model was made. What cannot run here says "not measured". transformer
 wanted for their own rows only.
 """
 
-import argparse
 import contextlib
 import gzip
 import importlib
@@ -24,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,8 +41,9 @@ from evaluate import GroundedBeams, beam_search, nearest
 from llama import Block, KVCache, Llama, LlamaConfig, load_llama, save_llama
 from lora import ALL_LINEAR, LoraLinear, add_lora, lora_parameters
 from support.datasets import load_interactions, prepare
-from support.runs import exit_status, open_data, peak_memory, read_run, rows_that_fit, write_json
+from support.runs import open_data, peak_memory, read_run, rows_that_fit, write_json
 from support.synthetic import GENRES, SyntheticWorld
+from support.terminal import Parser, exit_status
 from support.tiny import TINY_BASES, tiny_tokenizer, tokenizer_for
 from support.trie import Trie, catalogue_log_likelihood
 
@@ -439,7 +440,7 @@ def waiting(steps: int) -> str:
     """Share of a tuning loop that waits for its next batch: the default run's."""
     train_set, _, _ = split_by_time(make_sequences(SyntheticWorld().interactions()))
     with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(None):
-        base = tiny_base(Path(root), train_set.select(slice(0, 200)), 0, torch.device("cpu"),
+        base = tiny_base(Path(root), [train_set.select(slice(0, 200))], 0, torch.device("cpu"),
                          TINY_BASES["synthetic"])
         model = TemporalLlama(load_llama(base), tokenizer=Tokenizer.from_folder(base)).train()
     add_lora(model, 16, 32.0, 0.05, ALL_LINEAR)
@@ -708,8 +709,9 @@ SECTIONS = {"tuning": tuning, "ablation": ablation, "generation": generation,
 
 def main(argv: list[str] | None = None) -> int:
     """Run the sections, print their tables, write benchmark.json and the figure."""
-    ap = argparse.ArgumentParser(prog="benchmark", allow_abbrev=False, description=__doc__,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = Parser(prog="python -m experiments.benchmark",
+                usage="[SECTION ...] [flags]", description=__doc__,
+                formatter_class=RawDescriptionHelpFormatter)
     ap.add_argument("sections", nargs="*", metavar="SECTION", default=list(SECTIONS),
                     help=f"of {', '.join(SECTIONS)} (default: all)")
     ap.add_argument("--shapes", default="tiny,135m", help=f"of {', '.join(SHAPES)}, with commas "

@@ -8,7 +8,6 @@ that each token of the answer has in L_TA and L_CT, and the first five titles of
 Shapes: M answer tokens, V vocabulary.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from data import IGNORE, Example, Tokenizer, collate, encode_example, show_promp
 from evaluate import device_of
 from experiments.titles import side_by_side
 from support.options import Options, add_flags, parse
-from support.runs import exit_status, open_data, read_run
+from support.runs import open_data, read_run
+from support.terminal import Parser, exit_status
 from support.trie import ExactTitles
 
 LINE = "-" * 80
@@ -117,10 +117,9 @@ def explain(folder: Path, number: int, given: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and explain. Returns the exit status."""
-    ap = argparse.ArgumentParser(
-        prog="python -m experiments.explain", allow_abbrev=False, usage="%(prog)s RUN [N] [flags]",
-        description="Explain one test sequence of a run, token by token, in both worlds. Flags "
-        "that are not given are as in the run.")
+    ap = Parser(prog="python -m experiments.explain", usage="RUN [N] [flags]",
+                description="Explain one test sequence of a run, token by token, in both worlds. "
+                "Flags that are not given are as in the run.")
     ap.add_argument("run", metavar="RUN", help="folder of a run, as cetrec.py writes it")
     ap.add_argument("number", metavar="N", type=int, nargs="?", default=0,
                     help="test sequence, counted from 0 as in experiments.report (default: 0)")

@@ -11,7 +11,6 @@ candidates, exclusion, test sequences and table are those of cetrec.py.
 Shapes: B histories, L = 10 places of each, n ≤ L items in one, d width, N items of the catalogue.
 """
 
-import argparse
 import copy
 import sys
 import time
@@ -29,8 +28,9 @@ from evaluate import LENGTH, METRICS, Lists, list_values
 from support.floors import result_table
 from support.options import (Options, Where, add_flags, check_values, defaults, flag,
                              parse)
-from support.runs import (check_writable, choose_device, exit_status, finish, new_folder, open_data,
+from support.runs import (check_writable, choose_device, finish, new_folder, open_data,
                           versions, write_json)
+from support.terminal import Parser, exit_status
 
 L = 10                          # places of a history, as in data.make_sequences
 SHARED = {"data", "data_dir", "domain", "sample", "chronological", "skip_bad_lines",
@@ -302,7 +302,7 @@ def run(options: Options, recipe: Recipe, out: Path) -> None:
           f"{recipe.loss} | at most {recipe.epochs} epochs of {len(train_set):,} sequences")
     folder = new_folder(out, f"{Path(options.data).resolve().name}-{recipe.method}")
     record |= {"method": recipe.method, "options": options.record(), "baseline": asdict(recipe),
-               "versions": versions()}
+               "versions": versions(device)}
     write_json(folder / "run.json", record)
     record["tuning"] = fit(model, train_set, valid_set.sample(1_000, options.seed), recipe,
                            options.seed)
@@ -314,9 +314,9 @@ def run(options: Options, recipe: Recipe, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and run. Returns the exit status."""
-    ap = argparse.ArgumentParser(
-        prog="python -m experiments.id_baselines", allow_abbrev=False,
-        description="Train GRU4Rec, Caser or SASRec and measure it as cetrec.py measures CETRec.")
+    ap = Parser(prog="python -m experiments.id_baselines",
+                description="Train GRU4Rec, Caser or SASRec and measure it as cetrec.py measures "
+                "CETRec.")
     add_flags(ap, Recipe)
     add_flags(ap, Options, Where, only=SHARED)
     given = parse(ap, argv)

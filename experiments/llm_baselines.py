@@ -21,7 +21,6 @@ embedding of item i, its token is V + i, one that no tokenizer makes.
 Shapes: B rows, T tokens, C width, V vocabulary, N items, M supervised tokens, d width of Z.
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -43,7 +42,8 @@ from evaluate import Lists, device_of, prefill, prompts_by_length
 from experiments import id_baselines
 from llama import KVCache
 from support.options import OF_BEAMS, Options, Where, add_flags, as_flag, defaults, flag, parse
-from support.runs import exit_status, save_arrays
+from support.runs import save_arrays
+from support.terminal import Parser, exit_status
 from support.trie import TitleBeams
 
 # ----------------------------------------------------------------------------------------------
@@ -419,9 +419,9 @@ class Which:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and run. Returns the exit status."""
-    ap = argparse.ArgumentParser(
-        prog="python -m experiments.llm_baselines", allow_abbrev=False,
-        description="Tune CFT, LLaRA, P5 or E4SRec and measure it as cetrec.py measures CETRec.")
+    ap = Parser(prog="python -m experiments.llm_baselines",
+                description="Tune CFT, LLaRA, P5 or E4SRec and measure it as cetrec.py measures "
+                "CETRec.")
     add_flags(ap, Which)
     add_flags(ap, Options, Where, only=FLAGS)
     given = parse(ap, argv)

@@ -7,7 +7,6 @@ interactions users and items have, the dates of the splits, how often the order 
 how many test answers training never saw, how long prompts are, and one prompt.
 """
 
-import argparse
 import math
 import sys
 from datetime import UTC, datetime
@@ -16,7 +15,8 @@ import numpy as np
 
 from data import Sequences, Tokenizer, encode_example, show_prompt
 from support.options import Options, add_flags, parse
-from support.runs import exit_status, open_data
+from support.runs import open_data
+from support.terminal import Parser, exit_status
 from support.tiny import TINY_BASES, TinyBase, tokenizer_for
 
 FLAGS = {"data", "data_dir", "domain", "sample", "chronological", "index", "skip_bad_lines",
@@ -97,9 +97,8 @@ def look(given: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and show. Returns the exit status."""
-    ap = argparse.ArgumentParser(
-        prog="python -m experiments.look", allow_abbrev=False, usage="%(prog)s [flags]",
-        description="Show what a data set holds, and one prompt.")
+    ap = Parser(prog="python -m experiments.look",
+                description="Show what a data set holds, and one prompt.")
     add_flags(ap, Options, only=FLAGS)
     ap.add_argument("--tokenizer", metavar="FOLDER", help="checkpoint folder whose tokenizer makes "
                     "the tokens (default: that of the tiny base, made on the spot)")

@@ -7,7 +7,6 @@
 The titles are given oldest first. Every title of the catalogue is scored.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,7 +17,8 @@ from cetrec import open_model
 from experiments.titles import resolve_titles, side_by_side
 from support.checkpoints import HUB_NAME, find_checkpoint
 from support.options import Options, add_flags, parse
-from support.runs import exit_status, open_data, read_run
+from support.runs import open_data, read_run
+from support.terminal import Parser, exit_status
 from support.trie import ExactTitles
 
 FLAGS = {"data", "data_dir", "domain", "sample", "chronological", "skip_bad_lines",
@@ -107,11 +107,11 @@ def recommend(where: str, wanted: list[str], given: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and recommend. Returns the exit status."""
-    ap = argparse.ArgumentParser(
-        prog="python -m experiments.recommend", allow_abbrev=False,
-        usage="%(prog)s WHERE TITLE [TITLE ...] [flags]",
-        description="Recommend ten titles after a history of titles, in both worlds. A run knows "
-        "its data and its base; for an adapter give --model and --data, for a base --data.")
+    ap = Parser(prog="python -m experiments.recommend",
+                usage="WHERE TITLE [TITLE ...] [flags]",
+                description="Recommend ten titles after a history of titles, in both worlds. A run "
+                "knows its data and its base; for an adapter give --model and --data, for a base "
+                "--data.")
     ap.add_argument("where", metavar="WHERE", help="folder of a run, of an adapter or of a base, "
                     "or a base's name on the Hugging Face Hub")
     ap.add_argument("titles", metavar="TITLE", nargs="+", help="1 to 10 titles, oldest first; "

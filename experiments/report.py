@@ -6,7 +6,6 @@
 A list of ten is of one *kind*: beams, titles or exact, as the flag --lists calls them.
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -20,7 +19,7 @@ from safetensors.numpy import load_file
 
 from evaluate import METRICS, format_table, mean_and_error, summarise
 from experiments import figures
-from support.runs import exit_status
+from support.terminal import Parser, exit_status
 
 # ----------------------------------------------------------------------------------------------
 # A run as its folder has it
@@ -371,10 +370,9 @@ def write_report(runs: Sequence[Run], folder: Path, user: int = 0) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, print and write. Returns the exit status."""
-    ap = argparse.ArgumentParser(
-        prog="python -m experiments.report", allow_abbrev=False,
-        description="Report on one run, or compare several on the test sequences that they share: "
-        "tables, figures, and a report.html that opens without a network.")
+    ap = Parser(prog="python -m experiments.report", usage="RUN [RUN ...] [flags]",
+                description="Report on one run, or compare several on the test sequences that they "
+                "share: tables, figures, and a report.html that opens without a network.")
     ap.add_argument("runs", nargs="+", metavar="RUN", help="run folders, as cetrec.py writes them")
     ap.add_argument("--user", type=int, default=0, metavar="N", help="test sequence of the case "
                     "study (Fig. 5), counted from 0 in the first run (default: %(default)s)")

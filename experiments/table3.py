@@ -9,7 +9,6 @@ default learning rate. The rate that is best on its own validation, where the te
 looked at, is the one it gets.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -22,7 +21,8 @@ import cetrec
 from evaluate import METRICS
 from experiments import id_baselines, llm_baselines
 from support.options import Options, Where, add_flags, as_flag, defaults, parse
-from support.runs import check_writable, exit_status, write_json
+from support.runs import check_writable, write_json
+from support.terminal import Parser, exit_status
 
 ID, LLM = id_baselines.main, llm_baselines.main
 SYSTEMS: dict[str, tuple[Callable, list[str]]] = {      # name -> command and its flags
@@ -126,9 +126,8 @@ def table(systems: list[str], seeds: list[int], given: dict, out: Path) -> list[
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, print and write table3.md. Returns the exit status."""
-    ap = argparse.ArgumentParser(
-        prog="python -m experiments.table3", allow_abbrev=False,
-        description="All systems of Table 3 on one data set, in one protocol.")
+    ap = Parser(prog="python -m experiments.table3",
+                description="All systems of Table 3 on one data set, in one protocol.")
     ap.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N",
                     help="one run for each (default: 0 1 2)")
     ap.add_argument("--systems", nargs="+", choices=[*SYSTEMS], default=[*SYSTEMS], metavar="NAME",

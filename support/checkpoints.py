@@ -47,9 +47,9 @@ def find_checkpoint(name: str) -> Path:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A digest of the sizes and of every stored value of a checkpoint, the same for one file and
-    for shards. It says which base an adapter was tuned on. Raises what load_llama raises for files
-    that are absent, damaged or do not fit."""
+    """A digest of the sizes, of every stored value and of the tokenizer of a checkpoint, the same
+    for one file and for shards. It says which base an adapter was tuned on. Raises what load_llama
+    raises for files that are absent, damaged or do not fit."""
     config = LlamaConfig.from_folder(folder)
     with torch.device("meta"):
         places = tensor_places(Path(folder), Llama(config))
@@ -60,5 +60,7 @@ def fingerprint(folder: str | Path) -> str:
             digests[name] = hashlib.sha256(values).hexdigest()
     if config.tie_word_embeddings:
         digests.pop("lm_head.weight", None)         # a second copy of embed_tokens
+    if (tokenizer := Path(folder) / "tokenizer.json").is_file():
+        digests[tokenizer.name] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     description = json.dumps([asdict(config), digests], sort_keys=True)
     return hashlib.sha256(description.encode()).hexdigest()[:16]

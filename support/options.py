@@ -21,6 +21,7 @@ from support.datasets import FORMATS, SAMPLE, check_preparation
 TEMPORAL = ("rope", "rope-attention", "sinpe", "none")
 LISTS = ("beams", "titles", "exact")
 LARGEST = 10**18        # of any number, because PyTorch wants seeds below 2^63
+SMALLEST = 1e-12        # above 0; float32 would take what is much smaller for 0
 
 # Fields about the lists called beams, and all fields that --eval-only may change.
 OF_BEAMS = {"beams", "length_penalty", "ground_with", "ground_list"}
@@ -28,17 +29,18 @@ EVALUATION = {"eval_sequences", "lists", "exclude_history"} | OF_BEAMS
 
 
 def flag(group: str, text: str, default, *, tiny=None, by_data: dict | None = None,
-         choices=None, low: float | None = None, metavar: str | None = None, told: str = ""):
+         choices=None, low: float | None = None, high: float = LARGEST,
+         metavar: str | None = None, told: str = ""):
     """A field of Options.
 
     A flag may have up to three defaults. `default` is meant for published bases, `tiny` for the
     tiny base where that wants another value, and `by_data` for the tiny base on single data sets.
-    `told` gives the default in words where these values do not say it. The value must be at least
-    `low`.
+    `told` gives the default in words where these values do not say it. The value must be from `low`
+    to `high`; a number above that would be a slip, and would fail somewhere less clearly.
     """
     presets = {"published": default} | ({} if tiny is None else {"tiny": tiny}) | (by_data or {})
     return field(metadata={"group": group, "text": text, "presets": presets, "choices": choices,
-                           "low": low, "metavar": metavar, "told": told})
+                           "low": low, "high": high, "metavar": metavar, "told": told})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +91,13 @@ class Options:
         "D2); rope-attention turns them by t + k inside attention (Eq. 5); sinpe is added (Eq. 3); "
         "none leaves BIGRec and makes λ 0", "rope", choices=TEMPORAL)
     sinpe_scale: float = flag("model", "factor on p_k of Eq. 3, with --temporal sinpe only (D8)",
-                              1.0, low=0, metavar="X")
-    lora_rank: int = flag("model", "rank R of the factors (D5)", 8, tiny=16, metavar="R")
+                              1.0, low=0, high=1e6, metavar="X")
+    lora_rank: int = flag("model", "rank R of the factors (D5)", 8, tiny=16, low=1, high=10_000,
+                          metavar="R")
     lora_alpha: float = flag("model", "the factors' product counts α/R", 16.0, tiny=32.0,
-                             metavar="α")
+                             low=0, high=1e6, metavar="α")
     lora_dropout: float = flag("model", "probability of dropout on the factors' input", 0.05,
-                               tiny=0.0, metavar="P")
+                               tiny=0.0, low=0, high=0.99, metavar="P")
     lora_targets: tuple[str, ...] = flag(
         "model", "linear maps that get factors, with commas, or all-linear", ("q_proj", "v_proj"),
         tiny=ALL_LINEAR, metavar="NAMES", told="q_proj,v_proj; with the tiny base all-linear")
@@ -103,15 +106,16 @@ class Options:
     # (D5). The values for the tiny base were chosen on validation splits.
 
     lambda_ct: float = flag("tuning", "weight λ of L_CT in Eq. 10; 0 is the paper's w.o. CT. The "
-                            "paper tries 0.01, 0.1, 0.5, 1 and 10", 0.1, low=0, metavar="λ")
+                            "paper tries 0.01, 0.1, 0.5, 1 and 10", 0.1, low=0, high=1e6,
+                            metavar="λ")
     lr: float = flag("tuning", "peak learning rate of AdamW; the paper has 1e-4", 1e-4, tiny=3e-3,
-                     by_data={"synthetic": 4e-3}, low=0, metavar="X")
+                     by_data={"synthetic": 4e-3}, low=0, high=1e3, metavar="X")
     batch_size: int = flag("tuning", "sequences in a step", 64, tiny=128, by_data={"synthetic": 64},
                            low=1, metavar="N")
     epochs: int = flag("tuning", "times through the training split, at most: tuning stops after an "
                        "epoch without a better validation L_TA", 3, tiny=1, low=1, metavar="N")
     least_steps: int = flag("tuning", "allow more epochs on small data, until there are N steps",
-                            300, low=0, metavar="N",
+                            300, low=0, high=1e6, metavar="N",
                             told="300; 0 where --epochs or --max-steps is given")
     warmup: int = flag("tuning", "steps of linear warm-up, but at most a tenth of all steps; then "
                        "the rate decays linearly", 20, tiny=50, low=0, metavar="N")
@@ -133,11 +137,11 @@ class Options:
         "grounded in the catalogue (§5.1.4); titles, ten beams that stay on the catalogue's "
         "titles; exact, every title scored", ("beams", "titles"), metavar="NAMES",
         told="beams,titles")
-    beams: int = flag("evaluation", "beams of the paper's lists", 5, low=1, metavar="W")
+    beams: int = flag("evaluation", "beams of the paper's lists", 5, low=1, high=1_000, metavar="W")
     length_penalty: float = flag(
         "evaluation", "a beam's score is its summed log-probability over its number of tokens to "
         "this power: 1, as in CFT, favours long titles, 0 does not (D10)", 1.0, tiny=0.0, low=0,
-        metavar="P")
+        high=10, metavar="P")
     ground_with: str = flag("evaluation", "weights that embed texts and titles: tuned, as in CFT; "
                             "or base, without the factors, as in BIGRec (D11)", "tuned",
                             choices=["tuned", "base"])
@@ -265,12 +269,16 @@ def defaults(kind, *wanted: str) -> dict:
 
 
 def check_values(options) -> None:
-    """Raise ValueError for a field below its least value, or not among its choices."""
+    """Raise ValueError for a field of another type, out of its bounds, or not among its choices."""
     for f in fields(options):
-        value, low, choices = getattr(options, f.name), f.metadata["low"], f.metadata["choices"]
-        if low is not None and not low <= value < LARGEST:      # not a number is refused, too
-            raise ValueError(f"{as_flag(f.name)} is {value}; wanted a finite number of at "
-                             f"least {low}, below 10^18")
+        value, choices = getattr(options, f.name), f.metadata["choices"]
+        low, high = f.metadata["low"], f.metadata["high"]
+        if f.type in (int, float, bool) and type(value) not in (f.type, *[int] * (f.type is float)):
+            raise ValueError(f"{as_flag(f.name)} is {value!r}; wanted a value of type "
+                             f"{f.type.__name__}")
+        if low is not None and not (low <= value <= high and not 0 < value < SMALLEST):
+            raise ValueError(f"{as_flag(f.name)} is {value}; wanted a number from {low} to "
+                             f"{high:g}")         # not a number is refused, too
         if choices and value not in (*choices, f.metadata["presets"]["published"]):
             raise ValueError(f"{as_flag(f.name)} is {value!r}; wanted one of "
                              f"{', '.join(choices)}")
@@ -332,6 +340,6 @@ def parse(ap: argparse.ArgumentParser, argv) -> dict:
     found = vars(ap.parse_intermixed_args(argv))
     given = {name: value for name, value in found.items() if value is not None}
     for name, value in given.items():
-        if value == "":
+        if value in ("", []):       # the parser takes `--flag --` for a list of no values
             ap.error(f"argument {as_flag(name)}: got nothing")
     return given

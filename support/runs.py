@@ -8,14 +8,17 @@ eval-evaluation.safetensors beside them. All of it is safetensors or JSON; nothi
 Nothing here is the paper. It is what lets a run be repeated, interrupted and looked at afterwards.
 """
 
+import fcntl
 import hashlib
 import itertools
 import json
 import math
 import os
+import platform
 import resource
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,15 +26,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Batch, Sequences, make_sequences, split_by_time
+from data import IGNORE, Batch, Sequences, Tokenizer, make_sequences, split_by_time
 from evaluate import format_table
 from llama import LlamaConfig
 from lora import load_lora, save_lora
@@ -44,44 +48,41 @@ from support.synthetic import SyntheticWorld
 # The command and its folders
 
 
-def exit_status(work: Callable[[], None]) -> int:
-    """Do the work of a command and return its exit status.
-
-    That is 0; or 2, after one line that says what the user can mend; or 130 when interrupted. Other
-    exceptions are faults of ours and keep their traceback.
-    """
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is either whole or as it was before, also when the machine is lost."""
+    part = path.with_name(path.name + ".part")
     try:
-        work()
-        sys.stdout.flush()
-    except BrokenPipeError:     # who read the output, as `head` does, has had enough: say no more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141              # as a shell has it for a command that SIGPIPE ended
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]} Less memory is needed with --micro-batch 1, "
-              "--recompute or --dtype bfloat16", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"interrupted; {str(stop) or 'files already written are whole'}", file=sys.stderr)
-        return 130
-    return 0
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value) -> None:
-    """Write a JSON file that is either whole or not there."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """Write a JSON file, as write_whole does."""
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError, which names the file, for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:       # nested too deep is a RecursionError
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
 
 
 def save_arrays(arrays: dict[str, np.ndarray], path: Path, notes: dict | None = None) -> str:
-    """Write a safetensors file that is either whole or not there. Returns its SHA-256."""
-    part = path.with_name(path.name + ".part")
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part, notes)
-    os.replace(part, path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Write a safetensors file, as write_whole does. Returns its SHA-256."""
+    content = save({name: np.ascontiguousarray(x) for name, x in arrays.items()}, notes)
+    write_whole(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def check_writable(out: Path) -> None:
@@ -96,23 +97,36 @@ def check_writable(out: Path) -> None:
 
 
 def new_folder(out: Path, name: str) -> Path:
-    """Make out/name-1, or the next number that is free."""
-    number = 1
-    while (folder := out / f"{name}-{number}").exists():
-        number += 1
-    folder.mkdir()
-    return folder
+    """Make out/name-1, or the next number that is free. No other process gets the same."""
+    for number in itertools.count(1):
+        try:
+            (folder := out / f"{name}-{number}").mkdir()
+            return folder
+        except FileExistsError:
+            continue
 
 
-def versions() -> dict[str, str]:
-    """Of what results depend on, for run.json."""
-    return {"python": sys.version.split()[0], "torch": torch.__version__,
-            "numpy": np.__version__, "tokenizers": tokenizers.__version__}
+def versions(device: torch.device) -> dict[str, str]:
+    """Of what results depend on, for run.json: packages, the device, and the project's revision
+    where it is under git."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    found = {"python": sys.version.split()[0], "torch": torch.__version__,
+             "numpy": np.__version__, "tokenizers": tokenizers.__version__,
+             "safetensors": safetensors.__version__,
+             "device": f"{device.type} ({kind}), {torch.get_num_threads()} threads"}
+    here = Path(__file__).parent.parent
+    if (here / ".git").exists() and shutil.which("git"):
+        told = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"],
+                              capture_output=True, text=True)
+        found |= {"revision": told.stdout.strip()} if told.returncode == 0 else {}
+    return found
 
 
 def finish(folder: Path, record: dict, arrays: dict, test_set: Sequences,
            tuned: bool = True) -> None:
     """Write what was found, beside the run's own files if it was only evaluated, and print it."""
+    if not tuned:       # until the new one is whole there is none, and the run's own counts
+        (folder / "eval.json").unlink(missing_ok=True)
     record["arrays"] = save_arrays(
         arrays, folder / ("evaluation.safetensors" if tuned else "eval-evaluation.safetensors"))
     write_json(folder / "catalogue.json", {"domain": test_set.domain, "titles": test_set.titles})
@@ -157,13 +171,13 @@ def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Opti
     if not record.is_file():
         raise FileNotFoundError(f"{record}: not found; {flag} wants the folder of a run")
     try:
-        saved = json.loads(record.read_text(encoding="utf-8"))
+        saved = read_object(record)
         model, base, ended = saved["options"]["model"], Path(saved["base"]), "rows" in saved
         if saved["method"] != "cetrec":
             raise ValueError(f"{folder}: a run of the baseline {saved['method']}; {flag} and what "
                              "loads its model want a run of cetrec.py")
         options = Options.from_record(saved["options"], **given | {"model": model})
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{record}: not the record of a run of this version ({error!r})") from None
     options.check_use(given)
     if flag == "--resume" and ended:
@@ -189,7 +203,7 @@ def check_same(folder: Path, record: dict) -> None:
     record is what would be written to run.json now, results apart. Options may differ where
     read_run allows it; a base may have moved, and its digest is among the settings.
     """
-    saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    saved = read_object(folder / "run.json")
     here = json.loads(json.dumps(record))
     for key in sorted(saved.keys() & here.keys() - {"options", "base", "versions"}):
         was, now = saved[key], here[key]
@@ -300,12 +314,25 @@ def save_adapter(model, folder: Path, base: str | None = None) -> None:
     """Write factors and settings of a TemporalLlama; base is the name of the base, for peft.
 
     What a baseline puts round the Llama (experiments/llm_baselines.py) goes to parts.safetensors.
+    temporal.json, which is written last, has the checksums of the tensors' files.
     """
-    save_lora(model, folder, base)
+    try:
+        save_lora(model, folder, base)
+    except BaseException:           # a full disk above all: leave no part of a file
+        for part in folder.glob("adapter_*.part"):
+            part.unlink()
+        raise
     if parts := parts_round_the_base(model):
         save_arrays({name: p.numpy(force=True) for name, p in parts.items()},
                     folder / "parts.safetensors")
-    write_json(folder / "temporal.json", model.settings())
+    write_json(folder / "temporal.json", model.settings() | {"sha256": adapter_checksums(folder)})
+
+
+def adapter_checksums(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256 of the files of an adapter that hold tensors."""
+    paths = [folder / name for name in ("adapter_model.safetensors", "parts.safetensors")]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in paths if path.is_file()}
 
 
 def load_adapter(model, folder: Path) -> None:
@@ -318,15 +345,19 @@ def load_adapter(model, folder: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; a tuned adapter of ours has it")
     try:
-        theirs, ours = json.loads(path.read_text(encoding="utf-8")), model.settings()
-        both = [[f[key] for key in ours] for f in (theirs, ours)]
-    except (ValueError, KeyError, TypeError) as error:
+        theirs, ours = read_object(path), model.settings()
+        both, checksums = [[f[key] for key in ours] for f in (theirs, ours)], theirs["sha256"]
+    except KeyError as error:
         raise ValueError(f"{path}: not the settings of an adapter ({error!r})") from None
     if both[0] != both[1]:
         tuned, here = (", ".join(f"{key} {value}" for key, value in zip(ours, values))
                        for values in both)
         raise ValueError(f"{path}: the adapter was tuned with {tuned}; this model has {here}. Give "
                          "it the base and the settings it was tuned with")
+    if checksums != (found := adapter_checksums(Path(folder))):
+        raise ValueError(f"{folder}: the tensors of the adapter are not those that temporal.json "
+                         f"was written for ({', '.join(found) or 'no files'}); they are damaged or "
+                         "changed, so copy them again or tune again")
     load_lora(model, folder)
     if parts := parts_round_the_base(model):
         kept = load_file(folder / "parts.safetensors")
@@ -343,6 +374,30 @@ def parts_round_the_base(model) -> dict[str, torch.nn.Parameter]:
 # The journal of a tuning run
 
 
+def lock(file, wait: bool = False) -> None:
+    """Let no other process work on what an open file stands for, until the file is closed.
+
+    Raises ValueError if another process does so now, unless that is to be waited for.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        folder = Path(file.name).parent
+        if not wait:
+            raise ValueError(f"{folder}: another process is at work on this folder; wait for it, "
+                             "or stop it") from None
+        print(f"waiting for another process that is at work on {folder}")
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def checksum(arrays: dict[str, np.ndarray], notes: dict[str, str]) -> str:
+    """SHA-256 of named arrays and notes, whatever their order."""
+    digest = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
+    for name, x in sorted(arrays.items()):
+        digest.update(f"{name} {x.dtype} {x.shape}".encode() + np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()
+
+
 class Journal:
     """Keeps account of tuning: a moving line, log.jsonl, and checkpoints to go on from.
 
@@ -355,25 +410,35 @@ class Journal:
 
     If the folder holds a checkpoint, all goes on from there, to the same factors and the same log
     as without the break. A checkpoint is written at each printed step, after each validation, and
-    every five minutes. The log may be ahead of it, and is cut back to where the checkpoint was.
+    every minute. The log may be ahead of it, and is cut back to where the checkpoint was. Only one
+    process at a time keeps the journal of a folder; another one is refused with a ValueError.
 
-    A GPU works on steps while the next ones are being prepared. So losses stay on the device until
-    the log is written, once a second, and no step waits for them.
+    Losses stay on the device until the log is written, once a second, so that a GPU works on.
+    tokenizer: for the message that names the batch in which a step failed.
     """
 
     def __init__(self, folder: Path, optimizer: torch.optim.Optimizer, rng: np.random.Generator,
-                 total: int, lambda_ct: float):
-        self.folder, self.optimizer, self.rng = folder, optimizer, rng
-        self.total, self.lambda_ct = total, lambda_ct
+                 total: int, lambda_ct: float, tokenizer: Tokenizer, what: str = "tuning"):
+        self.folder, self.optimizer, self.rng, self.what = folder, optimizer, rng, what
+        self.total, self.lambda_ct, self.tokenizer = total, lambda_ct, tokenizer
         self.factors = [p for group in optimizer.param_groups for p in group["params"]]
         self.step, self.batch, self.seconds, self.waited = 0, 0, 0.0, 0.0
         self.losses: list[float] = []           # validation L_TA, an epoch each
         self.best: list[Tensor] = []            # the factors of the best epoch
         self.pending: list[tuple] = []          # steps that the log does not have yet
-        end = self._load() if (folder / "checkpoint.safetensors").is_file() else 0
         self.log = open(folder / "log.jsonl", "a", encoding="utf-8")
-        self.log.truncate(min(end, self.log.tell()))            # it may have been deleted
-        self.bar = tqdm(total=total, initial=self.step, desc="tuning", unit="step", disable=None,
+        try:
+            lock(self.log)
+            end = self._load() if (folder / "checkpoint.safetensors").is_file() else 0
+        except ValueError:
+            self.log.close()
+            raise
+        there = (folder / "log.jsonl").read_bytes()[:end].rfind(b"\n") + 1    # whole lines only
+        if there < end:
+            print(f"{self.log.name} has lost some of the {end:,} bytes that it had; the curves of "
+                  "this run will have a gap, its result will not")
+        self.log.truncate(there)
+        self.bar = tqdm(total=total, initial=self.step, desc=what, unit="step", disable=None,
                         leave=False)
 
     def __enter__(self) -> "Journal":
@@ -381,12 +446,20 @@ class Journal:
         self.first = self.step          # of this sitting; speed is counted after its first step
         return self
 
-    def __exit__(self, *error) -> None:
-        if error[0] is None and self.step < 100:
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None and self.step < 100 and self.what == "tuning":
             self.bar.write(f"only {self.step} steps of tuning; more data, a smaller --batch-size, "
                            "--epochs or --max-steps would help", file=sys.stdout)
-        self.log.close()
+        if isinstance(error, FloatingPointError):
+            self._flush()
         self.bar.close()
+        self.log.close()
+        if isinstance(error, FloatingPointError):
+            raise ValueError(
+                f"step {self.step + 1}: {error}, so it was not made. Its sequences: "
+                f"{self._batch_in_words()}. Try a smaller --lr or --lambda-ct; {self.folder} keeps "
+                "the adapter of the best epoch, if one has ended, and the last checkpoint"
+            ) from None
 
     def goes_on(self) -> bool:
         """Are steps left, and was the last epoch the best (D5)?"""
@@ -402,6 +475,7 @@ class Journal:
         asked = time.perf_counter()
         for number, batch in enumerate(itertools.islice(batches(), done, None), start=done + 1):
             self.waited += time.perf_counter() - asked
+            self.current = batch
             yield batch
             self.batch = number
             printed = self.step % max(1, self.total // 5) == 0 or self.step in (1, self.total)
@@ -410,14 +484,14 @@ class Journal:
                 line = self._flush()
                 if printed:
                     self.bar.write(line, file=sys.stdout)
-                if printed and self.step < self.total or asked - self.saved > 300:
+                if printed and self.step < self.total or asked - self.saved > 60:
                     self._save()
             if self.step == self.total:
                 break
         self.batch = 0
 
     def note(self, lr: float, losses) -> None:
-        """A step is done; losses are (L, L_TA, L_CT or None). A GPU is not waited for here."""
+        """A step is done; losses are (L, L_TA, L_CT or None), tensors or None."""
         self.step += 1
         if self.step == self.first + 1:
             self.warm = time.perf_counter()
@@ -426,8 +500,11 @@ class Journal:
 
     def validated(self, loss: float, save: Callable[[], None]) -> None:
         """An epoch is over, with this validation L_TA; save() writes the adapter if it is the
-        best."""
+        best. Raises ValueError for a loss that is not finite."""
         self._flush()
+        if not math.isfinite(loss):
+            raise ValueError(f"validation L_TA is {loss} after step {self.step}: tuning has "
+                             "diverged. Try a smaller --lr or --lambda-ct")
         self.losses.append(loss)
         better = loss == min(self.losses)
         self.log.write(json.dumps({"step": self.step, "validation_ta": loss}) + "\n")
@@ -452,25 +529,34 @@ class Journal:
                 "share_waiting_for_data": self.waited / seconds}
 
     def _flush(self) -> str:
-        """Write pending steps to the log. Returns the last as a line to print. Raises ValueError
-        for a loss that is not finite."""
+        """Write pending steps to the log. Returns the last as a line to print."""
         now, line = time.perf_counter(), ""
         ms = 1000 * (now - self.flushed) / max(1, len(self.pending))
         for step, lr, *losses in self.pending:
             loss, ta, ct = (None if x is None else float(x) for x in losses)
             self.log.write(json.dumps({"step": step, "loss": loss, "loss_ta": ta, "loss_ct": ct,
                                        "lr": lr, "ms": ms}) + "\n")
-            if not math.isfinite(loss):
-                raise ValueError(f"loss is {loss} at step {step}; try a smaller --lr or "
-                                 f"--lambda-ct. The best adapter, if any, is in {self.folder}")
             parts = "" if ct is None else f" = ta {ta:.3f} + {self.lambda_ct:g} x ct {ct:.3f}"
             told = f"loss {loss:.3f}{parts}"
-            line = (f"step {step:>5}/{self.total} | {told} | lr {lr:.1e} | {ms:.0f} ms | "
+            line = (f"{'' if self.what == 'tuning' else self.what + ' | '}"
+                    f"step {step:>5}/{self.total} | {told} | lr {lr:.1e} | {ms:.0f} ms | "
                     f"{peak_memory(self.factors[0].device):.1f} GB | {self._left(now)}")
             self.bar.set_postfix_str(told, refresh=False)
         self.pending, self.flushed = [], now
         self.log.flush()
         return line
+
+    def _batch_in_words(self) -> str:
+        """The sequences of the batch that is worked on: histories and answers."""
+        told = []
+        for tokens, item_pos, labels in zip(self.current.tokens, self.current.item_pos,
+                                            self.current.labels):
+            parts = [tokens[item_pos == k].tolist()
+                     for k in item_pos[item_pos >= 0].unique().flip(0)]
+            answer = labels[labels != IGNORE].tolist()
+            told.append(f"{', '.join(map(self.tokenizer.decode, parts))} -> "
+                        f"{self.tokenizer.decode(answer)}")
+        return "; ".join(told)
 
     def _left(self, now: float) -> str:
         done = self.step - self.first - 1               # the first step may compile
@@ -480,8 +566,9 @@ class Journal:
 
     def _save(self) -> None:
         """Write checkpoint.safetensors: factors, moments, the best epoch's factors, random states,
-        what is done."""
+        what is done. The log that it goes with is on the disk before it."""
         self._flush()
+        os.fsync(self.log.fileno())
         tensors = {f"best/{i}": x for i, x in enumerate(self.best)}
         tensors["random/cpu"] = torch.get_rng_state()
         for i, p in enumerate(self.factors):
@@ -493,9 +580,10 @@ class Journal:
         done = {"step": self.step, "batch": self.batch, "losses": self.losses,
                 "waited": self.waited, "log": self.log.tell(),
                 "seconds": self.seconds + time.perf_counter() - self.started}
-        save_arrays({name: x.numpy(force=True) for name, x in tensors.items()},
-                    self.folder / "checkpoint.safetensors",
-                    {"sampling": json.dumps(self.sampling), "done": json.dumps(done)})
+        arrays = {name: x.numpy(force=True) for name, x in tensors.items()}
+        notes = {"sampling": json.dumps(self.sampling), "done": json.dumps(done)}
+        save_arrays(arrays, self.folder / "checkpoint.safetensors",
+                    notes | {"sha256": checksum(arrays, notes)})
         self.saved = time.perf_counter()
 
     def _load(self) -> int:
@@ -506,6 +594,8 @@ class Journal:
             with safe_open(path, framework="pt") as file:
                 notes = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if notes.pop("sha256") != checksum({n: x.numpy() for n, x in tensors.items()}, notes):
+                raise ValueError("its checksum is of other content")
             done = json.loads(notes["done"])
             for i, p in enumerate(self.factors):
                 p.data.copy_(tensors[f"factor/{i}"])

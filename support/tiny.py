@@ -8,9 +8,8 @@ folder, which any program that reads Llama checkpoints can read.
 import hashlib
 import json
 import math
-import sys
-import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,10 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from data import NO_ITEM, Batch, Sequences, Tokenizer, batches, build_prompt
+from data import (NO_ITEM, Batch, Sequences, Tokenizer, batches, build_prompt, check_context)
 from llama import Llama, LlamaConfig, save_llama
+from support.runs import Journal, lock, write_json, write_whole
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,9 @@ class TinyBase:
 TINY_BASES = {      # all other data sets take TinyBase()
     "synthetic": TinyBase(pieces=300, hidden_size=64, intermediate_size=192, lr=3e-3,
                           weight_decay=0.1, epochs=2)}
+
+# Byte-level BPE writes a space as another character, so no title can be taken for one of these.
+BOS, EOS = "<|begin of text|>", "<|end of text|>"
 SEEN = 5        # a title of which training has seen fewer answers is spelled in pieces
 
 
@@ -65,10 +67,10 @@ def tiny_tokenizer(titles: list[str], counts: np.ndarray, domain: str, pieces: i
         level(add_prefix_space=False, use_regex=False)])
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.train_from_iterator(titles, tokenizers.trainers.BpeTrainer(
-        vocab_size=pieces, special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        vocab_size=pieces, special_tokens=[BOS, EOS],
         initial_alphabet=sorted(level.alphabet()), show_progress=False))
     bpe.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+        single=[BOS, "$A"], special_tokens=[(BOS, 0)])
     content = json.loads(bpe.to_str())
     vocabulary = content["model"]["vocab"]
     for text in (build_prompt(titles[:2], domain)[0],
@@ -93,12 +95,14 @@ def supervise_titles(batch: Batch) -> Batch:
     return replace(batch, labels=labels)
 
 
-def tiny_base(root: Path, train_set: Sequences, seed: int, device: torch.device,
+def tiny_base(root: Path, splits: tuple[Sequences, ...], seed: int, device: torch.device,
               recipe: TinyBase) -> Path:
-    """The checkpoint folder of the embedded base, made on first use and kept below root.
+    """The checkpoint folder of the embedded base, made of splits[0] on first use, kept below root.
 
-    The folder's name is a digest of all that it was made from.
+    The folder's name is a digest of all that it was made from. Raises ValueError, before anything
+    is made, if a prompt of any split exceeds the base's context.
     """
+    train_set = splits[0]
     source = hashlib.sha256(json.dumps([asdict(recipe), train_set.domain, seed,
                                         train_set.titles]).encode())
     for array in (train_set.items, train_set.starts, train_set.targets):
@@ -106,57 +110,68 @@ def tiny_base(root: Path, train_set: Sequences, seed: int, device: torch.device,
     folder = root / f"tiny-{source.hexdigest()[:12]}"
     if (folder / "config.json").is_file():                  # written last
         return folder
-    torch.manual_seed(seed)
     tokenizer, heads = tokenizer_for(train_set, recipe.pieces), recipe.num_attention_heads
-    llama = Llama(LlamaConfig(
-        vocab_size=tokenizer.bpe.get_vocab_size(), hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size, num_hidden_layers=recipe.num_hidden_layers,
-        num_attention_heads=heads, num_key_value_heads=heads, head_dim=recipe.hidden_size // heads,
-        rope_theta=10_000.0, max_position_embeddings=recipe.max_position_embeddings,
-        tie_word_embeddings=True)).to(device)
-    pretrain(llama, tokenizer, train_set, seed, recipe)
+    for part in splits:
+        check_context(tokenizer, part, recipe.max_position_embeddings)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.bpe.save(str(folder / "tokenizer.json"))
-    for name, content in (
-            ("generation_config.json", {"bos_token_id": 0, "eos_token_id": 1}),
-            ("tokenizer_config.json", {
-                "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>",
-                "eos_token": "<|end_of_text|>", "clean_up_tokenization_spaces": False})):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    save_llama(llama, folder)
+    with open(folder / "lock", "w") as file:
+        lock(file, wait=True)
+        if not (folder / "config.json").is_file():          # else another process has made it
+            torch.manual_seed(seed)
+            llama = Llama(LlamaConfig(
+                vocab_size=tokenizer.bpe.get_vocab_size(), hidden_size=recipe.hidden_size,
+                intermediate_size=recipe.intermediate_size, num_attention_heads=heads,
+                num_hidden_layers=recipe.num_hidden_layers, num_key_value_heads=heads,
+                head_dim=recipe.hidden_size // heads, rope_theta=10_000.0,
+                max_position_embeddings=recipe.max_position_embeddings,
+                tie_word_embeddings=True)).to(device)
+            pretrain(llama, tokenizer, train_set, seed, recipe, folder)
+            write_base(llama, tokenizer, folder)
     return folder
 
 
+def write_base(llama: Llama, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a finished base as a checkpoint folder, config.json last, and clear away the rest."""
+    write_whole(folder / "tokenizer.json", tokenizer.bpe.to_str(pretty=True).encode())
+    for name, content in (
+            ("generation_config.json", {"bos_token_id": 0, "eos_token_id": 1}),
+            ("tokenizer_config.json", {
+                "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS,
+                "clean_up_tokenization_spaces": False})):
+        write_json(folder / name, content)
+    save_llama(llama, folder)
+    for name in ("log.jsonl", "checkpoint.safetensors", "lock"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def pretrain(llama: Llama, tokenizer: Tokenizer, train_set: Sequences, seed: int,
-             recipe: TinyBase) -> None:
-    """Next-token training on titles, histories shuffled: linear warm-up, then linear decay."""
+             recipe: TinyBase, folder: Path) -> None:
+    """Next-token training on titles, histories shuffled: linear warm-up, then linear decay.
+
+    A journal in the folder lets it go on after an interruption.
+    """
     wanted = max(recipe.epochs * len(train_set), recipe.least_steps * recipe.batch_size)
     total = math.ceil(min(wanted, recipe.max_sequences) / recipe.batch_size)
     optimizer = torch.optim.AdamW(llama.parameters(), lr=recipe.lr, betas=(0.9, 0.98),
                                   weight_decay=recipe.weight_decay, fused=True)
     warmup = min(recipe.warmup, max(1, total // 2))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(
-        (done + 1) / warmup, (total - done) / max(1, total - warmup), 1.0))
     rng, device = np.random.default_rng([seed, 1]), llama.norm.weight.device
     llama.train()
-    step, started = 0, time.perf_counter()
-    with tqdm(total=total, desc="tiny base", unit="step", disable=None, leave=False) as bar:
-        while step < total:
-            for batch in batches(tokenizer, train_set, recipe.batch_size, rng, True):
-                batch = supervise_titles(batch).to(device)
-                hidden = llama(batch.tokens, wanted=batch.places)           # (B, A, C)
-                logits = llama.logits(hidden.flatten(0, 1)[batch.supervised])
-                loss = F.cross_entropy(logits, batch.targets)
+    with Journal(folder, optimizer, rng, total, 0, tokenizer, "tiny base") as journal:
+        while journal.goes_on():
+            for batch in journal.epoch(partial(batches, tokenizer, train_set, recipe.batch_size,
+                                               rng, shuffle_histories=True)):
+                done, part = journal.step, supervise_titles(batch).to(device)
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.lr * min((done + 1) / warmup, 1.0,
+                                                  (total - done) / max(1, total - warmup))
+                hidden = llama(part.tokens, wanted=part.places)             # (B, A, C)
+                logits = llama.logits(hidden.flatten(0, 1)[part.supervised])
+                loss = F.cross_entropy(logits, part.targets)
                 loss.backward()
-                nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
+                norm = nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
+                if not norm.isfinite():
+                    raise FloatingPointError(f"the gradient's norm is {norm}")
                 optimizer.step()
-                schedule.step()
                 optimizer.zero_grad(set_to_none=True)
-                step += 1
-                bar.update()
-                if step % max(1, total // 4) == 0 or step == 10:
-                    left = (time.perf_counter() - started) / step * (total - step) / 60
-                    bar.write(f"tiny base | step {step:>5}/{total} | loss {loss.item():.3f} per "
-                              f"title token | {left:.1f} min left", file=sys.stdout)
-                if step == total:
-                    break
+                journal.note(group["lr"], (loss.detach(), loss.detach(), None))

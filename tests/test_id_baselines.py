@@ -282,7 +282,7 @@ def test_what_this_command_does_not_know_is_refused(flags, message, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--width", "0"], "--width is 0; wanted a finite number of at least 1"),
+    (["--width", "0"], "--width is 0; wanted a number from 1"),
     (["--lr", "nan"], "--lr is nan"),
     (["--data-dir", "x"], "--data-dir goes with a public data set")])
 def test_values_that_cannot_be_end_in_one_line(flags, message, capsys, tmp_path):

@@ -428,7 +428,7 @@ def test_what_stands_round_the_base_is_saved_and_loaded_with_the_factors(name, s
 
 @pytest.mark.parametrize("name, steps, lr", [
     ("cft", 120, 0.007), ("llara", 180, 0.007), ("p5", 200, 0.004), ("e4srec", 60, 0.007)])
-def test_64_records_are_learned_by_heart(name, steps, lr):
+def test_64_records_are_learned_by_heart(name, steps, lr, tmp_path):
     """HR@1 is 1 after tuning factors beside a frozen base that knows the titles only."""
     world = SyntheticWorld(items=30)
     numbers = [f"{before}item_{1001 + i}" for i in range(30) for before in (" , ", "")]
@@ -442,7 +442,8 @@ def test_64_records_are_learned_by_heart(name, steps, lr):
     llama = Llama(small_config(vocab_size=tokenizer.bpe.get_vocab_size(), hidden_size=64,
                                num_hidden_layers=1 + (name == "p5"), num_key_value_heads=4,
                                head_dim=16, intermediate_size=128, tie_word_embeddings=True))
-    pretrain(llama, tokenizer, records, 0, TinyBase(batch_size=64, least_steps=40, lr=3e-3))
+    pretrain(llama, tokenizer, records, 0, TinyBase(batch_size=64, least_steps=40, lr=3e-3),
+             tmp_path)
     llama.norm.weight.data *= 4             # so that few steps make probabilities near one
     plain, z = TemporalLlama(llama, "none", tokenizer=tokenizer), torch.randn(30, 16)
     parts = (records, records, records)

@@ -9,7 +9,7 @@ from conftest import TITLES
 
 from data import IGNORE, NO_ITEM, Tokenizer, build_prompt, collate, encode_example
 from llama import load_llama
-from support.tiny import (SEEN, TinyBase, tiny_base, tiny_tokenizer, supervise_titles,
+from support.tiny import (BOS, SEEN, TinyBase, tiny_base, tiny_tokenizer, supervise_titles,
                           tokenizer_for)
 
 RECIPE = TinyBase(pieces=300, hidden_size=16, intermediate_size=32, max_sequences=32,
@@ -19,29 +19,29 @@ RECIPE = TinyBase(pieces=300, hidden_size=16, intermediate_size=32, max_sequence
 def test_the_tiny_base_is_a_checkpoint_made_once_and_named_after_its_sources(tmp_path,
                                                                              world_splits):
     train_set, cpu = world_splits[0], torch.device("cpu")
-    folder = tiny_base(tmp_path, train_set, 0, cpu, RECIPE)
+    folder = tiny_base(tmp_path, [train_set], 0, cpu, RECIPE)
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
-    assert tiny_base(tmp_path, train_set, 0, cpu, RECIPE) == folder
+    assert tiny_base(tmp_path, [train_set], 0, cpu, RECIPE) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
-    others = [tiny_base(tmp_path, train_set, 1, cpu, RECIPE),
-              tiny_base(tmp_path, train_set.select(slice(5, None)), 0, cpu, RECIPE),
-              tiny_base(tmp_path, train_set, 0, cpu, TinyBase(**(vars(RECIPE) | {"lr": 1e-3})))]
+    others = [tiny_base(tmp_path, [train_set], 1, cpu, RECIPE),
+              tiny_base(tmp_path, [train_set.select(slice(5, None))], 0, cpu, RECIPE),
+              tiny_base(tmp_path, [train_set], 0, cpu, TinyBase(**(vars(RECIPE) | {"lr": 1e-3})))]
     assert len({folder, *others}) == 4
     tokenizer, llama = Tokenizer.from_folder(folder), load_llama(folder)
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (0, (1,))
     assert llama.config.vocab_size == tokenizer.bpe.get_vocab_size()
     for title in train_set.titles:
         assert tokenizer.decode(tokenizer.bpe.encode(f'"{title}"').ids) == f'"{title}"'
-    again = load_llama(tiny_base(tmp_path / "elsewhere", train_set, 0, cpu, RECIPE))
+    again = load_llama(tiny_base(tmp_path / "elsewhere", [train_set], 0, cpu, RECIPE))
     assert all(torch.equal(p, q) for p, q in zip(llama.parameters(), again.parameters()))
 
 
 def test_the_base_is_trained_on_shuffled_histories(tmp_path, world_splits, monkeypatch):
     asked = []
-    monkeypatch.setattr("support.tiny.batches", lambda tokenizer, sequences, size, rng, shuffle:
-                        asked.append(shuffle) or iter([collate([encode_example(
+    monkeypatch.setattr("support.tiny.batches", lambda tokenizer, sequences, size, rng, shuffle_histories:
+                        asked.append(shuffle_histories) or iter([collate([encode_example(
                             tokenizer, sequences.titles[:4], sequences.titles[4])])]))
-    tiny_base(tmp_path, world_splits[0], 0, torch.device("cpu"), RECIPE)
+    tiny_base(tmp_path, world_splits[:1], 0, torch.device("cpu"), RECIPE)
     assert asked == [True, True]        # 32 sequences are two steps, each of them an epoch here
 
 
@@ -80,7 +80,7 @@ def test_a_title_seen_often_is_one_token_a_sequels_number_another_a_rare_title_i
     words = [chosen.bpe.decode([t], skip_special_tokens=False) for t in
              chosen.bpe.encode(prompt).ids]
     before, after = prompt.split('"The Long')[0], prompt.split('Ran"')[1]
-    assert words == ["<|begin_of_text|>", before, '"', "The Long Goodbye", '", "',
+    assert words == [BOS, before, '"', "The Long Goodbye", '", "',
                      "The Long Goodbye", " 2", '", "', "R", "a", "n", '"', after]
 
 

@@ -1,0 +1,106 @@
+"""The door between a command and its terminal: what it prints, how it ends, how it is stopped.
+
+Titles, paths and columns come from anywhere, and may hold characters that move a terminal's cursor
+or turn the direction of its text. They are shown as what they are, here and nowhere else.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+from safetensors import SafetensorError
+
+# Control characters except tab and line feed, marks that turn the direction of text, unusual line
+# breaks, and halves of surrogate pairs, which stand for bytes of a path that are no text.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+                    "\ufeff\ud800-\udfff]")
+LONGEST = 1_000         # characters of an error line
+OUT_OF_MEMORY = re.compile("(allocate|not enough|out of) memory|size calculation overflow", re.I)
+
+
+def visible(text: str) -> str:
+    """The text with unseen characters as Python would write them: an escape is \\x1b."""
+    return UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def one_line(message) -> str:
+    """A message as one line of bounded length: of a long one the first and the last part."""
+    text = visible(str(message)).strip().replace("\n", "\\n")
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST // 2]} ... {text[-LONGEST // 2:]}"
+
+
+class Visible:
+    """A stream that shows unseen characters, and otherwise is the stream that it writes to."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write visible(text)."""
+        return self._stream.write(visible(text))
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose faults are one line, like all other faults of a command."""
+
+    def __init__(self, prog: str, usage: str = "[flags]", **settings):
+        super().__init__(prog=prog, usage=f"{prog} {usage}", allow_abbrev=False, **settings)
+
+    def error(self, message: str):
+        """End the program with status 2."""
+        self.exit(2, f"error: {one_line(message)}; {self.format_usage().strip()}, where --help "
+                     "explains the flags\n")
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Do the work of a command and return its exit status.
+
+    That is 0; or 2, after one line that says what the user can mend; or 130 when interrupted, which
+    SIGTERM does as Ctrl-C does. Other exceptions are faults of ours and keep their traceback.
+    """
+    for name in ("stdout", "stderr"):       # a shell's >&- closes one; the work goes on without it
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if mine else None
+    try:
+        with contextlib.redirect_stdout(Visible(sys.stdout)):
+            work()
+            sys.stdout.flush()
+    except BrokenPipeError:     # who read the output, as `head` does, has had enough: say no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141              # as a shell has it for a command that SIGPIPE ended
+    except (ValueError, OSError) as error:
+        return failed(error)
+    except SafetensorError as error:        # of writing; whoever reads such a file says which it is
+        return failed(f"cannot write tensors ({error}). What was written before is whole")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        reason = str(error).strip().splitlines() or ["no more to be had"]
+        return failed(f"out of memory ({reason[0]}). Less is needed with --micro-batch 1, "
+                      "--recompute, --dtype bfloat16, a smaller --lora-rank or fewer --beams")
+    except KeyboardInterrupt as stop:
+        print(f"interrupted; {one_line(stop) or 'files already written are whole'}",
+              file=sys.stderr)
+        return 130
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def failed(message) -> int:
+    """Print an error and return the exit status of a fault that the user can mend."""
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    return 2

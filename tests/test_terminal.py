@@ -1,0 +1,160 @@
+"""Tests of support/terminal.py, with real faults: memory and disk that end, signals, closed ends."""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_config
+
+from llama import Llama, save_llama
+from lora import add_lora
+from support.runs import save_adapter, save_arrays, write_json
+from support.terminal import LONGEST, Parser, exit_status, one_line, visible
+
+ROOT = Path(__file__).parent.parent
+
+
+def stops(error: BaseException):
+    """A command that ends in this error."""
+    def work():
+        raise error
+    return work
+
+
+@contextlib.contextmanager
+def limited(kind: int, amount: int):
+    """In this context the process may have no more of a resource than that."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (amount, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
+
+
+# ------------------------------------------------------------ How a command ends
+
+
+@pytest.mark.parametrize("work, status, told", [
+    (lambda: None, 0, ""), (stops(ValueError("no such beam")), 2, "error: no such beam\n"),
+    (stops(FileNotFoundError("x: not found")), 2, "error: x: not found\n"),
+    (stops(torch.OutOfMemoryError("CUDA out of memory.\nTried much.")), 2,
+     "error: out of memory (CUDA out of memory.). Less is needed with --micro-batch 1, "
+     "--recompute, --dtype bfloat16, a smaller --lora-rank or fewer --beams\n"),
+    (stops(KeyboardInterrupt("go on with --resume x")), 130,
+     "interrupted; go on with --resume x\n"),
+    (stops(KeyboardInterrupt()), 130, "interrupted; files already written are whole\n")])
+def test_a_command_ends_with_a_status_and_one_line(work, status, told, capsys):
+    assert exit_status(work) == status
+    assert capsys.readouterr() == ("", told)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("y")])
+def test_a_fault_of_ours_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        exit_status(stops(error))
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.empty(10**12), lambda: np.ones(10**12),
+                                 lambda: bytearray(10**12), lambda: torch.empty(10**18, 10**18)])
+def test_memory_that_ends_is_one_line_that_names_what_to_lower(ask, capsys):
+    with limited(resource.RLIMIT_AS, 10**11):
+        assert exit_status(ask) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory (") and error.count("\n") == 1
+    assert "--lora-rank or fewer --beams" in error
+
+
+def test_a_disk_that_is_full_is_one_line_and_what_was_there_is_whole(tmp_path, temporal, capsys):
+    model = temporal("rope")
+    add_lora(model)
+    plain = Llama(small_config())
+    writers = {
+        "adapter": lambda folder: save_adapter(model, folder),
+        "base": lambda folder: save_llama(plain, folder),
+        "arrays": lambda folder: save_arrays({"x": np.ones(9_000)}, folder / "x.safetensors"),
+        "json": lambda folder: write_json(folder / "x.json", ["word"] * 9_000)}
+    for name, write in writers.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        write(folder)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert all(path.stat().st_mode & 0o777 == 0o666 & ~umask() for path in folder.iterdir())
+        with limited(resource.RLIMIT_FSIZE, 5_000):
+            assert exit_status(lambda: write(folder)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and "File too large" in error
+        assert {path.name: path.read_bytes() for path in folder.iterdir()
+                if path.suffix != ".part"} == before, name
+        assert name == "base" or not list(folder.glob("*.part")), name
+
+
+def umask() -> int:
+    """The process's mask of permissions, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_sigterm_stops_a_command_as_ctrl_c_does(capsys):
+    def work():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+    before = signal.getsignal(signal.SIGTERM)
+    assert exit_status(work) == 130
+    assert capsys.readouterr().err.startswith("interrupted; ")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+PRINTS = ("import sys; sys.path.insert(0, '.'); from support.terminal import exit_status; "
+          "from tqdm import tqdm; "
+          "sys.exit(exit_status(lambda: [print(i) for i in tqdm(range(100_000), disable=None)]))")
+
+
+@pytest.mark.parametrize("shell, out", [
+    ("| head -1; echo ${PIPESTATUS[0]}", "0\n141\n"),       # a reader who has had enough
+    ("2>&- | tail -1", "99999\n"), (">&-; echo $?", "0\n")])
+def test_a_closed_end_is_borne_without_a_word(shell, out):
+    done = subprocess.run(f'"{sys.executable}" -c "{PRINTS}" {shell}', shell=True, cwd=ROOT,
+                          executable="/bin/bash", capture_output=True, text=True)
+    assert done.stdout == out and done.stderr == ""
+
+
+# ------------------------------------------------------------ What is printed
+
+
+@pytest.mark.parametrize("raw, shown", [
+    ("\x1b[31mRed\x1b[0m", "\\x1b[31mRed\\x1b[0m"), ("a\u202eb\u2066c", "a\\u202eb\\u2066c"),
+    ("bell\x07\r", "bell\\x07\\r"), ("\udcff.csv", "\\udcff.csv"), ("\x9b1m", "\\x9b1m"),
+    ("Amélie 映画 😀\tλ ⟨x⟩\n", "Amélie 映画 😀\tλ ⟨x⟩\n"), ("فیلم", "فیلم")])
+def test_characters_that_steer_a_terminal_are_shown_and_others_left_alone(raw, shown, capsys):
+    assert visible(raw) == shown
+    assert exit_status(lambda: print(raw, end="")) == 0
+    assert exit_status(stops(ValueError(raw))) == 2
+    out, error = capsys.readouterr()
+    assert out == shown and error == f"error: {shown.strip()}\n"
+
+
+def test_an_error_is_one_line_of_bounded_length_with_its_beginning_and_its_end(capsys):
+    exit_status(stops(ValueError(f"data.csv: {'x' * 10**6}\n\ny; repair it")))
+    line = capsys.readouterr().err
+    assert line.startswith("error: data.csv: xxx") and line.endswith("x\\n\\ny; repair it\n")
+    assert line.count("\n") == 1 and len(line) < LONGEST + 20
+    assert one_line(" short\n") == "short"
+
+
+def test_faults_of_a_command_line_are_one_line_too(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        Parser("walk.py", "WHERE [flags]").parse_args([f"--\x1b{'y' * 9_000}"])
+    line = capsys.readouterr().err
+    assert line.startswith("error: the following arguments") or "\\x1byyy" in line
+    assert line.endswith("usage: walk.py WHERE [flags], where --help explains the flags\n")
+    assert line.count("\n") == 1 and "\x1b" not in line and len(line) < LONGEST + 200
