@@ -168,6 +168,16 @@ def test_the_fingerprint_names_the_values_not_the_files(tmp_path):
     assert len({one, two, fingerprint(tmp_path)}) == 3
 
 
+def test_the_fingerprint_covers_the_tokenizer(tmp_path):
+    """The same weights read other text where one merge is gone."""
+    publish(tmp_path, "Llama 3", torch.float32)
+    path, prints = tmp_path / "tokenizer.json", [fingerprint(tmp_path)]
+    for content in ("{}", "{} ", "{}"):
+        path.write_text(content)
+        prints.append(fingerprint(tmp_path))
+    assert prints[1] == prints[3] and len(set(prints)) == 3
+
+
 def test_the_fingerprint_is_the_same_where_a_tied_matrix_is_stored_twice(tmp_path):
     one, tensors = fingerprint(publish(tmp_path, "SmolLM2")), load_file(
         tmp_path / "model.safetensors")

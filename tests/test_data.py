@@ -13,7 +13,7 @@ from conftest import TITLES
 from data import (IGNORE, NO_ITEM, Batch, Example, Interactions, Tokenizer, batches, build_prompt,
                   check_context, collate, encode_example, make_sequences,
                   show_prompt, split_by_time)
-from support.tiny import BOS, EOS
+from support.tiny import BOS, EOS, SEEN, tiny_tokenizer
 
 
 def interactions(rows) -> Interactions:
@@ -383,6 +383,25 @@ def test_special_ids_come_from_the_three_files_in_the_ecosystems_order(tmp_path,
     assert (read.bos_id, read.eos_ids, read.pad_id) == (0, (1,), 1)
     checkpoint_tokenizer(tmp_path, bpe, generation_config={"pad_token_id": 9, "eos_token_id": 1})
     assert Tokenizer.from_folder(folder).pad_id == 9
+
+
+@pytest.mark.parametrize("kind", ["ours", "Llama 3", "TinyLlama"])
+def test_a_title_that_spells_a_special_token_is_text(tmp_path, llama3_tokenizer, kind):
+    """In histories, in answers, in what is embedded for grounding, and again when it is decoded."""
+    titles = ["<s>", "A</s>B", "</s>", BOS, EOS, f"A{EOS}B", "<|end_of_text|>"]
+    bpe = {"ours": lambda: tiny_tokenizer(titles, np.full(7, SEEN), "movies", 300).bpe,
+           "Llama 3": lambda: llama3_tokenizer.bpe, "TinyLlama": sentencepiece_like}[kind]()
+    eos, bos = (EOS, BOS) if kind == "ours" else ("</s>", "<s>")
+    tokenizer = Tokenizer.from_folder(checkpoint_tokenizer(
+        tmp_path, bpe, tokenizer_config={"eos_token": eos, "bos_token": bos}, config={}))
+    for title in titles:
+        example = encode_example(tokenizer, [title, "Heat", title], title)
+        special = [t for t in example.tokens if t in (tokenizer.bos_id, *tokenizer.eos_ids)]
+        assert special == [tokenizer.bos_id, tokenizer.eos_ids[0]], title
+        answer = [label for label in example.labels if label != IGNORE]
+        if kind != "TinyLlama":         # which has no decoder here
+            assert tokenizer.decode(answer) == f'"{title}"'
+        assert not {*tokenizer.bpe.encode(title).ids[1:]} & {tokenizer.bos_id, *tokenizer.eos_ids}
 
 
 def test_truncation_and_padding_left_in_the_file_do_not_touch_prompts(tmp_path, tokenizer):

@@ -6,8 +6,8 @@ import os
 import re
 import resource
 import shlex
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -382,7 +382,8 @@ def test_a_line_is_printed_for_the_first_step_every_fifth_of_all_and_the_last(tm
     assert printed_steps(capsys.readouterr().out) == wanted
 
 
-def test_a_log_that_was_deleted_begins_anew(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lost", ["all of it", "half a line", "nothing"])
+def test_a_log_that_has_lost_lines_goes_on_with_whole_ones(tmp_path, capsys, lost):
     book = journal(tmp_path, 3)
     with book:
         for _ in book.epoch(lambda: iter(range(9))):
@@ -390,10 +391,41 @@ def test_a_log_that_was_deleted_begins_anew(tmp_path, monkeypatch):
                 break
             book.note(1e-3, [torch.tensor(1.0)] * 3)
         book._save()
-    (tmp_path / "log.jsonl").unlink()
+    path = tmp_path / "log.jsonl"
+    if lost == "all of it":
+        path.unlink()
+    elif lost == "half a line":
+        path.write_bytes(path.read_bytes()[:-9])
     tune(journal(tmp_path, 3), 9, [1.0])
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line).get("step") for line in lines] == [3, 3]
+    steps = [json.loads(line).get("step") for line in path.read_text().splitlines()]
+    assert steps == {"all of it": [3, 3], "half a line": [1, 3, 3], "nothing": [1, 2, 3, 3]}[lost]
+    assert ("log.jsonl has lost some of the" in capsys.readouterr().out) == (lost != "nothing")
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
+    """In every tensor and in both notes."""
+    with journal(tmp_path, 9) as book:
+        book.sampling = book.rng.bit_generator.state
+        book._save()
+    path = tmp_path / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    places = [whole.index(b"PCG64"), whole.index(b"waited"), *range(len(whole) - 40, len(whole), 8)]
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
+        with pytest.raises(ValueError, match="checkpoint.safetensors: damaged"):
+            journal(tmp_path, 9)
+    path.write_bytes(whole)
+    journal(tmp_path, 9).log.close()
+
+
+def test_two_at_once_get_two_folders_but_not_one_journal(tmp_path):
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda _: new_folder(tmp_path, "run"), range(40)))
+    assert sorted(made) == sorted(tmp_path / f"run-{n}" for n in range(1, 41))
+    with journal(tmp_path, 9):
+        with pytest.raises(ValueError, match="another process is at work on this folder"):
+            journal(tmp_path, 9)
+    journal(tmp_path, 9).log.close()
 
 
 def test_a_factor_that_no_step_had_a_gradient_for_is_kept_too(tmp_path):
@@ -454,6 +486,6 @@ def test_few_steps_are_commented_at_the_end_unless_the_run_was_interrupted(tmp_p
 def test_a_loss_that_is_not_finite_stops_tuning_with_advice(tmp_path):
     """Where no step failed, but what they led to."""
     saved = []
-    with pytest.raises(ValueError, match="validation L_TA is nan after step 4: tuning has diverged"):
+    with pytest.raises(ValueError, match="validation L_TA is nan after step 4: .* diverged"):
         tune(journal(tmp_path, 9), 4, [float("nan")], lambda: saved.append(1))
     assert not saved

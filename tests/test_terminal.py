@@ -1,4 +1,4 @@
-"""Tests of support/terminal.py, with real faults: memory and disk that end, signals, closed ends."""
+"""Tests of support/terminal.py with real faults: no memory, a full disk, signals, closed ends."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_a_disk_that_is_full_is_one_line_and_what_was_there_is_whole(tmp_path, t
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         assert all(path.stat().st_mode & 0o777 == 0o666 & ~umask() for path in folder.iterdir())
         with limited(resource.RLIMIT_FSIZE, 5_000):
-            assert exit_status(lambda: write(folder)) == 2
+            assert exit_status(partial(write, folder)) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and "File too large" in error
         assert {path.name: path.read_bytes() for path in folder.iterdir()

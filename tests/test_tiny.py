@@ -1,6 +1,10 @@
 """support/tiny.py: the embedded base, its tokenizer and what it is trained on."""
 
 import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from conftest import TITLES
 
 from data import IGNORE, NO_ITEM, Tokenizer, build_prompt, collate, encode_example
 from llama import load_llama
+from support.runs import Journal
 from support.tiny import (BOS, SEEN, TinyBase, tiny_base, tiny_tokenizer, supervise_titles,
                           tokenizer_for)
 
@@ -34,11 +39,70 @@ def test_the_tiny_base_is_a_checkpoint_made_once_and_named_after_its_sources(tmp
         assert tokenizer.decode(tokenizer.bpe.encode(f'"{title}"').ids) == f'"{title}"'
     again = load_llama(tiny_base(tmp_path / "elsewhere", [train_set], 0, cpu, RECIPE))
     assert all(torch.equal(p, q) for p, q in zip(llama.parameters(), again.parameters()))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json"]
+
+
+def test_a_base_whose_making_was_interrupted_goes_on_to_the_same_weights(tmp_path, world_splits,
+                                                                         monkeypatch):
+    recipe = replace(RECIPE, max_sequences=160)             # ten steps
+    made = tiny_base(tmp_path / "whole", world_splits, 0, torch.device("cpu"), recipe)
+    note, noted = Journal.note, []
+
+    def stop_at_7(self, *values):
+        if self.step == 7:
+            raise KeyboardInterrupt
+        noted.append(self.step)
+        note(self, *values)
+    monkeypatch.setattr(Journal, "note", stop_at_7)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_base(tmp_path / "broken", world_splits, 0, torch.device("cpu"), recipe)
+    folder = tmp_path / "broken" / made.name
+    assert not (folder / "config.json").exists() and noted == [*range(7)]
+    monkeypatch.setattr(Journal, "note", lambda *a: noted.append(a[0].step) or note(*a))
+    assert tiny_base(tmp_path / "broken", world_splits, 0, torch.device("cpu"), recipe) == folder
+    assert noted[7:] == [6, 7, 8, 9]            # the last checkpoint was that of step 6
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (made / name).read_bytes()
+    assert {path.name for path in folder.iterdir()} == {path.name for path in made.iterdir()}
+
+
+def test_two_processes_that_want_the_same_base_make_it_once(tmp_path):
+    """The second waits for the first."""
+    code = ("import sys, torch; sys.path.insert(0, '.'); from pathlib import Path\n"
+            "from data import make_sequences, split_by_time\n"
+            "from support.synthetic import SyntheticWorld\n"
+            "from support.tiny import TinyBase, tiny_base\n"
+            "splits = split_by_time(make_sequences(SyntheticWorld(items=40).interactions(120)))\n"
+            "torch.set_num_threads(1)\n"
+            "print(tiny_base(Path(sys.argv[1]), splits, 0, torch.device('cpu'), TinyBase(\n"
+            "    pieces=300, hidden_size=16, intermediate_size=32, max_sequences=3200)))")
+    both = [subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+            for _ in range(2)]
+    told = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    outs = sorted((out for out, _ in told), key=len)
+    assert outs[0].splitlines()[-1] == outs[1].splitlines()[-1]
+    assert sum("tiny base | step" in out for out in outs) == 1
+    assert outs[0].startswith("waiting for another process that is at work on ")
+
+
+def test_the_context_is_checked_before_a_base_is_made(tmp_path, world_splits):
+    """Of every split: here only the test split has the long title."""
+    long = world_splits[2].titles.copy()
+    test_set = world_splits[2].select([0])
+    long[test_set.target(0)] = "la " * 2_000
+    test_set = replace(test_set, titles=long)
+    with pytest.raises(ValueError, match="more than the base's context of 1024"):
+        tiny_base(tmp_path, (*world_splits[:2], test_set), 0, torch.device("cpu"), RECIPE)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_base_is_trained_on_shuffled_histories(tmp_path, world_splits, monkeypatch):
     asked = []
-    monkeypatch.setattr("support.tiny.batches", lambda tokenizer, sequences, size, rng, shuffle_histories:
+    monkeypatch.setattr("support.tiny.batches", lambda tokenizer, sequences, *_, shuffle_histories:
                         asked.append(shuffle_histories) or iter([collate([encode_example(
                             tokenizer, sequences.titles[:4], sequences.titles[4])])]))
     tiny_base(tmp_path, world_splits[:1], 0, torch.device("cpu"), RECIPE)
