@@ -39,12 +39,12 @@ from data import (NO_ITEM, Batch, Sequences, Tokenizer, batches, check_context, 
 from evaluate import GroundedBeams, device_of, mean_and_error
 from llama import Block, KVCache, Llama, LlamaConfig, load_llama, rotate
 from lora import add_lora
-from support.checkpoints import find_checkpoint, fingerprint
+from support.checkpoints import find_checkpoint, fingerprint, read_tokenizer
+from support.files import write_json
 from support.floors import result_table
 from support.options import TEMPORAL, Options, Where, add_flags, parse
-from support.runs import (Journal, check_same, check_writable, choose_device, finish,
-                          load_adapter, new_folder, open_data, read_run, rows_that_fit,
-                          save_adapter, versions, write_json)
+from support.runs import (Journal, check_same, check_writable, choose_device, finish, load_adapter,
+                          new_folder, open_data, read_run, rows_that_fit, save_adapter, versions)
 from support.terminal import Parser, exit_status
 from support.tiny import TINY_BASES, TinyBase, tiny_base
 from support.trie import ExactTitles, TitleBeams
@@ -371,7 +371,7 @@ def open_model(options: Options, source: Path, adapter: Path | None = None,
     Raises ValueError, before weights are read, if a prompt of the splits exceeds the context.
     """
     device, dtype = choose_device(options)
-    config, tokenizer = LlamaConfig.from_folder(source), Tokenizer.from_folder(source)
+    config, tokenizer = LlamaConfig.from_folder(source), read_tokenizer(source)
     for part in splits:
         check_context(tokenizer, part, config.max_position_embeddings)
     started = time.perf_counter()

@@ -10,12 +10,9 @@ A the most supervised tokens that one of its rows has.
 
 import copy
 import itertools
-import json
-import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -218,46 +215,6 @@ class Tokenizer:
     def __post_init__(self):
         self.bpe.encode_special_tokens = True       # a title that says "</s>" ends no answer
 
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """Read the tokenizer of a checkpoint folder.
-
-        Published folders name their special tokens in tokenizer_config.json, or give their ids in
-        generation_config.json or config.json; any of these may be absent. Raises FileNotFoundError
-        or ValueError that name the file, also if the base has no embedding for some token.
-        """
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found. A checkpoint folder holds config.json, "
-                                    "model.safetensors and tokenizer.json")
-        try:
-            bpe = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:      # the library raises nothing more specific
-            raise ValueError(f"{path}: not a tokenizer file ({error})") from None
-        bpe.no_truncation()             # the file may hold the settings of somebody's last call
-        bpe.no_padding()
-        names, generation, config = (_json_object(path.parent / name) for name in (
-            "tokenizer_config.json", "generation_config.json", "config.json"))
-        ids = {"bos": [], "eos": [], "pad": []}
-        for kind, found in ids.items():
-            token = names.get(f"{kind}_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str) and bpe.token_to_id(token) is not None:
-                found.append(bpe.token_to_id(token))
-            given = generation.get(f"{kind}_token_id", config.get(f"{kind}_token_id"))
-            for value in given if isinstance(given, list) else [given]:
-                if isinstance(value, int) and value >= 0:       # older files say -1 for "none"
-                    found.append(value)
-        if not ids["eos"]:
-            raise ValueError(f"{path.parent}: no EOS token in tokenizer_config.json, "
-                             "generation_config.json or config.json; answers could never end")
-        largest = max(*bpe.get_vocab(with_added_tokens=True).values(), *ids["eos"], *ids["bos"])
-        if largest >= (rows := config.get("vocab_size", math.inf)):
-            raise ValueError(f"{path}: holds token id {largest}, but the embedding has {rows} rows "
-                             "(vocab_size in config.json). Is it the tokenizer of another model?")
-        return cls(bpe, tuple(dict.fromkeys(ids["eos"])), next(iter(ids["bos"]), None),
-                   (ids["pad"] + ids["eos"])[0])
-
     def decode(self, tokens: list[int]) -> str:
         """Token ids -> text without special tokens."""
         return self.bpe.decode(tokens, skip_special_tokens=True)
@@ -299,19 +256,6 @@ class Tokenizer:
                 tokens, item_pos, labels = tokens + [eos], item_pos + [NO_ITEM], labels + [eos]
             examples.append(Example(tokens, item_pos, labels))
         return examples
-
-
-def _json_object(path: Path) -> dict:
-    """The object in a JSON file, or an empty one if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return value
 
 
 def encode_example(tokenizer: Tokenizer, history_titles, target_title: str | None,

@@ -35,13 +35,15 @@ import torch.nn.functional as F
 import cetrec
 from cetrec import (TemporalLlama, erase_order, learning_rate, rotary, tiny_base, tuning_step,
                     world_logits)
-from data import (IGNORE, NO_ITEM, Batch, Example, Tokenizer, batches, collate, make_sequences,
+from data import (IGNORE, NO_ITEM, Batch, Example, batches, collate, make_sequences,
                   split_by_time)
 from evaluate import GroundedBeams, beam_search, nearest
 from llama import Block, KVCache, Llama, LlamaConfig, load_llama, save_llama
 from lora import ALL_LINEAR, LoraLinear, add_lora, lora_parameters
+from support.checkpoints import read_tokenizer
 from support.datasets import load_interactions, prepare
-from support.runs import open_data, peak_memory, read_run, rows_that_fit, write_json
+from support.files import write_json
+from support.runs import open_data, peak_memory, read_run, rows_that_fit
 from support.synthetic import GENRES, SyntheticWorld
 from support.terminal import Parser, exit_status
 from support.tiny import TINY_BASES, tiny_tokenizer, tokenizer_for
@@ -442,7 +444,7 @@ def waiting(steps: int) -> str:
     with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(None):
         base = tiny_base(Path(root), [train_set.select(slice(0, 200))], 0, torch.device("cpu"),
                          TINY_BASES["synthetic"])
-        model = TemporalLlama(load_llama(base), tokenizer=Tokenizer.from_folder(base)).train()
+        model = TemporalLlama(load_llama(base), tokenizer=read_tokenizer(base)).train()
     add_lora(model, 16, 32.0, 0.05, ALL_LINEAR)
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-3)
     waited, started = 0.0, time.perf_counter()

@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 from data import Sequences
 from evaluate import LENGTH, METRICS, Lists, list_values
+from support.files import write_json
 from support.floors import result_table
 from support.options import (Options, Where, add_flags, check_values, defaults, flag,
                              parse)
-from support.runs import (check_writable, choose_device, finish, new_folder, open_data,
-                          versions, write_json)
+from support.runs import check_writable, choose_device, finish, new_folder, open_data, versions
 from support.terminal import Parser, exit_status
 
 L = 10                          # places of a history, as in data.make_sequences

@@ -41,8 +41,8 @@ from data import (DOMAINS, IGNORE, NO_ITEM, Batch, Example, Sequences, Tokenizer
 from evaluate import Lists, device_of, prefill, prompts_by_length
 from experiments import id_baselines
 from llama import KVCache
+from support.files import save_arrays
 from support.options import OF_BEAMS, Options, Where, add_flags, as_flag, defaults, flag, parse
-from support.runs import save_arrays
 from support.terminal import Parser, exit_status
 from support.trie import TitleBeams
 

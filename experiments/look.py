@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from data import Sequences, Tokenizer, encode_example, show_prompt
+from support.checkpoints import read_tokenizer
 from support.options import Options, add_flags, parse
 from support.runs import open_data
 from support.terminal import Parser, exit_status
@@ -87,7 +88,7 @@ def look(given: dict) -> None:
     """Read the data and print what they hold; given: the flags."""
     folder = given.pop("tokenizer", None)
     options = Options.from_flags(given)
-    tokenizer = Tokenizer.from_folder(folder) if folder else None
+    tokenizer = read_tokenizer(folder) if folder else None
     splits, _, record = open_data(options)
     if tokenizer is None:
         recipe = TINY_BASES.get(options.data, TinyBase())

@@ -20,8 +20,9 @@ import numpy as np
 import cetrec
 from evaluate import METRICS
 from experiments import id_baselines, llm_baselines
+from support.files import write_json
 from support.options import Options, Where, add_flags, as_flag, defaults, parse
-from support.runs import check_writable, write_json
+from support.runs import check_writable
 from support.terminal import Parser, exit_status
 
 ID, LLM = id_baselines.main, llm_baselines.main

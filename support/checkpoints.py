@@ -1,4 +1,4 @@
-"""Where a base comes from (a folder or the Hugging Face Hub), and the digest that names it."""
+"""Where a base comes from (a folder or the Hugging Face Hub), its tokenizer, and its digest."""
 
 import hashlib
 import json
@@ -6,10 +6,13 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import tokenizers
 import torch
 from safetensors import safe_open
 
+from data import Tokenizer
 from llama import Llama, LlamaConfig, tensor_places
+from support.files import read_object
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -44,6 +47,72 @@ def find_checkpoint(name: str) -> Path:
         raise ValueError(
             f"{name}: no folder here, not complete in the Hub's cache, and the Hub cannot be "
             f"reached ({reason}). Connect, unset HF_HUB_OFFLINE, or pass a folder") from None
+
+
+def read_tokenizer(folder: str | Path) -> Tokenizer:
+    """Read the tokenizer of a checkpoint folder.
+
+    Published folders name their special tokens in tokenizer_config.json, or give their ids in
+    generation_config.json or config.json; any of these may be absent. Raises FileNotFoundError or
+    ValueError that name the file, also if the base has no embedding for some token.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found. A checkpoint folder holds config.json, "
+                                "model.safetensors and tokenizer.json")
+    check_vocabulary(path)
+    try:
+        bpe = tokenizers.Tokenizer.from_file(str(path))
+        bpe.encode("a").ids, bpe.decode([0])        # some faults show only in use
+    except Exception as error:      # the library raises nothing more specific
+        raise ValueError(f"{path}: not a tokenizer file ({error})") from None
+    except BaseException as error:  # ... or panics, which is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{path}: not a tokenizer file; the tokenizers library fails on it") \
+            from None
+    bpe.no_truncation()             # the file may hold the settings of somebody's last call
+    bpe.no_padding()
+    names, generation, config = (
+        read_object(file) if (file := path.parent / name).is_file() else {}
+        for name in ("tokenizer_config.json", "generation_config.json", "config.json"))
+    ids = {"bos": [], "eos": [], "pad": []}
+    for kind, found in ids.items():
+        token = names.get(f"{kind}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and bpe.token_to_id(token) is not None:
+            found.append(bpe.token_to_id(token))
+        given = generation.get(f"{kind}_token_id", config.get(f"{kind}_token_id"))
+        for value in given if isinstance(given, list) else [given]:
+            if type(value) is int and value >= 0:       # older files say -1 for "none"
+                found.append(value)
+    if not ids["eos"]:
+        raise ValueError(f"{path.parent}: no EOS token in tokenizer_config.json, "
+                         "generation_config.json or config.json; answers could never end")
+    largest = max(*bpe.get_vocab(with_added_tokens=True).values(), *ids["eos"], *ids["bos"])
+    rows = config.get("vocab_size")
+    if type(rows) is int and largest >= rows:
+        raise ValueError(f"{path}: holds token id {largest}, but the embedding has {rows} rows "
+                         "(vocab_size in config.json). Is it the tokenizer of another model?")
+    return Tokenizer(bpe, tuple(dict.fromkeys(ids["eos"])), next(iter(ids["bos"]), None),
+                     (ids["pad"] + ids["eos"])[0])
+
+
+def check_vocabulary(path: Path) -> None:
+    """Raise ValueError for a tokenizer.json whose words, merges or ids are none.
+
+    The library reads such files, and ends the whole process over some of them.
+    """
+    content = read_object(path)
+    model, added = content.get("model"), content.get("added_tokens", [])
+    words, merges = ((model.get("vocab"), model.get("merges")) if isinstance(model, dict) else
+                     (None, None))
+    if not isinstance(words, dict) or not isinstance(merges, list) or not isinstance(added, list):
+        raise ValueError(f"{path}: not a tokenizer of Llama's kind, which has a vocabulary and "
+                         "merges (BPE)")
+    ids = [*words.values(), *(isinstance(token, dict) and token.get("id") for token in added)]
+    if not words or any(type(i) is not int or not 0 <= i < 10**7 for i in ids):
+        raise ValueError(f"{path}: holds tokens without an id, or none at all")
 
 
 def fingerprint(folder: str | Path) -> str:

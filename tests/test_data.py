@@ -10,9 +10,10 @@ import tokenizers
 import torch
 from conftest import TITLES
 
-from data import (IGNORE, NO_ITEM, Batch, Example, Interactions, Tokenizer, batches, build_prompt,
+from data import (IGNORE, NO_ITEM, Batch, Example, Interactions, batches, build_prompt,
                   check_context, collate, encode_example, make_sequences,
                   show_prompt, split_by_time)
+from support.checkpoints import read_tokenizer
 from support.tiny import BOS, EOS, SEEN, tiny_tokenizer
 
 
@@ -367,22 +368,22 @@ def test_special_ids_come_from_the_three_files_in_the_ecosystems_order(tmp_path,
     bpe, one, two, three = tokenizer.bpe, {"eos_token_id": 5}, {"eos_token_id": [6, 7]}, {
         "eos_token": EOS}
     folder = checkpoint_tokenizer(tmp_path, bpe, config=one)
-    assert Tokenizer.from_folder(folder).eos_ids == (5,)
+    assert read_tokenizer(folder).eos_ids == (5,)
     checkpoint_tokenizer(tmp_path, bpe, generation_config=two)          # wins over config.json
-    assert Tokenizer.from_folder(folder).eos_ids == (6, 7)
+    assert read_tokenizer(folder).eos_ids == (6, 7)
     checkpoint_tokenizer(tmp_path, bpe, tokenizer_config=three)         # trained on, stops at all
-    assert Tokenizer.from_folder(folder).eos_ids == (1, 6, 7)
-    assert Tokenizer.from_folder(folder).bos_id is None
-    assert Tokenizer.from_folder(folder).pad_id == 1                    # EOS where there is none
+    assert read_tokenizer(folder).eos_ids == (1, 6, 7)
+    assert read_tokenizer(folder).bos_id is None
+    assert read_tokenizer(folder).pad_id == 1                    # EOS where there is none
     checkpoint_tokenizer(tmp_path, bpe, config={"bos_token_id": 8, "pad_token_id": 9},
                          generation_config={"pad_token_id": -1, "eos_token_id": 1},
                          tokenizer_config={"bos_token": {"content": BOS},
                                            "eos_token": {"content": EOS},
                                            "pad_token": "not in the vocabulary"})
-    read = Tokenizer.from_folder(folder)
+    read = read_tokenizer(folder)
     assert (read.bos_id, read.eos_ids, read.pad_id) == (0, (1,), 1)
     checkpoint_tokenizer(tmp_path, bpe, generation_config={"pad_token_id": 9, "eos_token_id": 1})
-    assert Tokenizer.from_folder(folder).pad_id == 9
+    assert read_tokenizer(folder).pad_id == 9
 
 
 @pytest.mark.parametrize("kind", ["ours", "Llama 3", "TinyLlama"])
@@ -392,7 +393,7 @@ def test_a_title_that_spells_a_special_token_is_text(tmp_path, llama3_tokenizer,
     bpe = {"ours": lambda: tiny_tokenizer(titles, np.full(7, SEEN), "movies", 300).bpe,
            "Llama 3": lambda: llama3_tokenizer.bpe, "TinyLlama": sentencepiece_like}[kind]()
     eos, bos = (EOS, BOS) if kind == "ours" else ("</s>", "<s>")
-    tokenizer = Tokenizer.from_folder(checkpoint_tokenizer(
+    tokenizer = read_tokenizer(checkpoint_tokenizer(
         tmp_path, bpe, tokenizer_config={"eos_token": eos, "bos_token": bos}, config={}))
     for title in titles:
         example = encode_example(tokenizer, [title, "Heat", title], title)
@@ -410,7 +411,7 @@ def test_truncation_and_padding_left_in_the_file_do_not_touch_prompts(tmp_path, 
     bpe.enable_truncation(3)
     bpe.enable_padding(length=64)
     folder = checkpoint_tokenizer(tmp_path, bpe, config={"eos_token_id": 1})
-    assert Tokenizer.from_folder(folder).bpe.encode("Toy Story (1995) and Heat (1995)").ids == whole
+    assert read_tokenizer(folder).bpe.encode("Toy Story (1995) and Heat (1995)").ids == whole
 
 
 @pytest.mark.parametrize("files, message", [
@@ -421,28 +422,28 @@ def test_truncation_and_padding_left_in_the_file_do_not_touch_prompts(tmp_path, 
 def test_a_tokenizer_that_does_not_go_with_the_base_is_refused(tmp_path, tokenizer, files, message):
     folder = checkpoint_tokenizer(tmp_path, tokenizer.bpe, **files)
     with pytest.raises(ValueError, match=message):
-        Tokenizer.from_folder(folder)
+        read_tokenizer(folder)
 
 
 def test_a_tokenizer_may_be_as_large_as_the_embedding_but_no_larger(tmp_path, tokenizer):
     size = tokenizer.bpe.get_vocab_size()
-    Tokenizer.from_folder(checkpoint_tokenizer(tmp_path, tokenizer.bpe, config={
+    read_tokenizer(checkpoint_tokenizer(tmp_path, tokenizer.bpe, config={
         "eos_token_id": 1, "vocab_size": size}))
     with pytest.raises(ValueError, match=f"token id {size - 1}, but the embedding has {size - 1}"):
-        Tokenizer.from_folder(checkpoint_tokenizer(tmp_path, tokenizer.bpe, config={
+        read_tokenizer(checkpoint_tokenizer(tmp_path, tokenizer.bpe, config={
             "eos_token_id": 1, "vocab_size": size - 1}))
 
 
 def test_damaged_tokenizer_files_are_one_clear_error(tmp_path, tokenizer):
     with pytest.raises(FileNotFoundError, match="tokenizer.json: not found"):
-        Tokenizer.from_folder(tmp_path)
+        read_tokenizer(tmp_path)
     checkpoint_tokenizer(tmp_path, tokenizer.bpe)
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match="generation_config.json: not valid JSON"):
-        Tokenizer.from_folder(tmp_path)
+        read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer file"):
-        Tokenizer.from_folder(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer of Llama.s kind"):
+        read_tokenizer(tmp_path)
 
 
 def sentencepiece_like() -> tokenizers.Tokenizer:
@@ -476,7 +477,7 @@ def test_prompts_have_the_ids_of_transformers_autotokenizer(tmp_path, tokenizer,
         bpe, settings = tokenizer.bpe, settings | {"bos_token": BOS, "eos_token": EOS}
     folder = checkpoint_tokenizer(tmp_path, bpe, tokenizer_config=settings, config={
         "model_type": "llama", "vocab_size": 1_000})
-    ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ours, theirs = read_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     assert ours.bos_id == theirs.bos_token_id and ours.eos_ids == (theirs.eos_token_id,)
     for history in (TITLES[:3], TITLES[3:], ["  spaces ", "naïve 映画 😀", "</s>"]):
         if kind == "TinyLlama" and "</s>" in history:

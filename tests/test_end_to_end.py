@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import cetrec
 from cetrec import TemporalLlama, main
-from data import Tokenizer, build_prompt
+from data import build_prompt
 from evaluate import METRICS, beam_search
 from llama import load_llama
+from support.checkpoints import read_tokenizer
 from support.synthetic import SyntheticWorld
 
 ROOT = Path(__file__).parent.parent
@@ -369,7 +370,7 @@ def test_the_tiny_base_is_an_ordinary_checkpoint_for_transformers(finished):
     transformers = pytest.importorskip("transformers")
     base = next(finished.parent.glob("tiny-*"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    tokenizer, prompt = Tokenizer.from_folder(base), build_prompt(["Dusty Canyon 4", "Ran"])[0]
+    tokenizer, prompt = read_tokenizer(base), build_prompt(["Dusty Canyon 4", "Ran"])[0]
     ids = transformers.AutoTokenizer.from_pretrained(base)(prompt, return_tensors="pt").input_ids
     tokens, model = ids[0].tolist(), load_llama(base)
     assert tokens == tokenizer.bpe.encode(prompt).ids

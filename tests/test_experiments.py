@@ -25,7 +25,7 @@ from conftest import TITLES
 
 import cetrec
 from cetrec import TemporalLlama, cetrec_loss, erase_order, twin_forward
-from data import (IGNORE, NO_ITEM, Tokenizer, collate, encode_example,
+from data import (IGNORE, NO_ITEM, collate, encode_example,
                   make_sequences, split_by_time)
 from evaluate import METRICS, Lists, format_table
 from experiments import explain, figures, recommend, report
@@ -33,7 +33,7 @@ from experiments.explain import explanation
 from experiments.report import Run, agreement, compare, describe, paired_bootstrap, read_runs
 from experiments.titles import resolve_titles, side_by_side
 from llama import load_llama
-from support.checkpoints import fingerprint
+from support.checkpoints import fingerprint, read_tokenizer
 from support.runs import load_adapter
 from support.synthetic import SyntheticWorld
 from support.trie import ExactTitles
@@ -117,7 +117,7 @@ def test_set(whole_test_set):
 def open_base(base):
     """() -> the base; (adapter folder) -> the tuned model."""
     def build(folder: Path | None = None) -> TemporalLlama:
-        model = TemporalLlama(load_llama(base), "rope", tokenizer=Tokenizer.from_folder(base),
+        model = TemporalLlama(load_llama(base), "rope", tokenizer=read_tokenizer(base),
                               base=fingerprint(base))
         if folder:
             load_adapter(model, folder)

@@ -19,10 +19,10 @@ from safetensors.numpy import load_file
 
 from conftest import small_config
 from data import IGNORE, NO_ITEM, Batch
+from support.files import save_arrays, write_json
 from support.options import Options
-from support.runs import (Journal, check_same, check_writable, choose_device,
-                          new_folder, next_commands, open_data, peak_memory, read_run,
-                          rows_that_fit, save_arrays, write_json)
+from support.runs import (Journal, check_same, check_writable, choose_device, new_folder,
+                          next_commands, open_data, peak_memory, read_run, rows_that_fit)
 from support.synthetic import SyntheticWorld
 
 # ------------------------------------------------------------ The command and its folders

@@ -17,7 +17,8 @@ from conftest import small_config
 
 from llama import Llama, save_llama
 from lora import add_lora
-from support.runs import save_adapter, save_arrays, write_json
+from support.files import save_arrays, write_json
+from support.runs import save_adapter
 from support.terminal import LONGEST, Parser, exit_status, one_line, visible
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import TITLES
 
-from data import IGNORE, NO_ITEM, Tokenizer, build_prompt, collate, encode_example
+from data import IGNORE, NO_ITEM, build_prompt, collate, encode_example
 from llama import load_llama
+from support.checkpoints import read_tokenizer
 from support.runs import Journal
 from support.tiny import (BOS, SEEN, TinyBase, tiny_base, tiny_tokenizer, supervise_titles,
                           tokenizer_for)
@@ -32,7 +33,7 @@ def test_the_tiny_base_is_a_checkpoint_made_once_and_named_after_its_sources(tmp
               tiny_base(tmp_path, [train_set.select(slice(5, None))], 0, cpu, RECIPE),
               tiny_base(tmp_path, [train_set], 0, cpu, TinyBase(**(vars(RECIPE) | {"lr": 1e-3})))]
     assert len({folder, *others}) == 4
-    tokenizer, llama = Tokenizer.from_folder(folder), load_llama(folder)
+    tokenizer, llama = read_tokenizer(folder), load_llama(folder)
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (0, (1,))
     assert llama.config.vocab_size == tokenizer.bpe.get_vocab_size()
     for title in train_set.titles:
