@@ -22,7 +22,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 
-_WANTED = {int: "a positive integer", float: "a positive number", bool: "true or false"}
+_WANTED = {int: "a positive integer below 10^8", float: "a positive number",
+           bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,11 @@ class LlamaConfig:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            fits = {int: type(value) is int and value > 0, float: _positive(value),
+            fits = {int: type(value) is int and 0 < value < 10**8, float: _positive(value),
                     bool: type(value) is bool}.get(field.type, True)
             _require(fits, f"{field.name} is {value!r}; wanted {_WANTED.get(field.type)}")
+        _require(self.num_hidden_layers <= 1_000,
+                 f"num_hidden_layers is {self.num_hidden_layers}; the deepest Llama has 126")
         H, G = self.num_attention_heads, self.num_key_value_heads
         _require(H % G == 0, f"{H} query heads cannot share {G} key/value heads evenly")
         _require(self.head_dim % 2 == 0,
@@ -122,7 +125,7 @@ def _require(condition: bool, fault: str) -> None:
 
 
 def _positive(value) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and 0 < value < 1e18
 
 
 def _rope_kind(scaling: dict | None) -> str:

@@ -54,9 +54,9 @@ class LoraConfig:
     rslora: bool = False        # rank-stabilised: the product counts α/√R instead of α/R
 
     def __post_init__(self):
-        if type(self.rank) is not int or self.rank < 1:
+        if type(self.rank) is not int or not 0 < self.rank <= 10**5:
             raise ValueError(f"LoRA rank is {self.rank!r}; wanted a positive integer")
-        if type(self.alpha) not in (int, float) or not 0 < self.alpha < math.inf:
+        if type(self.alpha) not in (int, float) or not 0 < self.alpha < 1e18:
             raise ValueError(f"LoRA alpha is {self.alpha!r}; wanted a positive number")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA dropout is {self.dropout!r}; wanted a number in [0, 1)")

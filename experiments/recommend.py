@@ -7,15 +7,16 @@
 The titles are given oldest first. Every title of the catalogue is scored.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from cetrec import open_model
+from data import DOMAINS
 from experiments.titles import resolve_titles, side_by_side
 from support.checkpoints import HUB_NAME, find_checkpoint
+from support.files import read_object
 from support.options import Options, add_flags, parse
 from support.runs import open_data, read_run
 from support.terminal import Parser, exit_status
@@ -33,9 +34,12 @@ def read_catalogue(folder: Path) -> tuple[str, list[str]]:
         raise FileNotFoundError(f"{path}: not found; python cetrec.py --eval-only {folder} writes "
                                 "it")
     try:
-        catalogue = json.loads(path.read_text(encoding="utf-8"))
-        return catalogue["domain"], catalogue["titles"]
-    except (ValueError, KeyError, TypeError) as error:
+        catalogue = read_object(path)
+        domain, titles = catalogue["domain"], catalogue["titles"]
+        if domain in DOMAINS and titles and all(type(title) is str for title in titles):
+            return domain, titles
+        raise ValueError(f"{path}: not a run's catalogue; its domain or its titles are none")
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a run's catalogue ({error!r})") from None
 
 
@@ -45,10 +49,10 @@ def tuned_with(folder: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; a tuned adapter of ours has it")
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_object(path)
         scale = {"sinpe_scale": saved["scale"]} if saved["temporal"] == "sinpe" else {}
         return {"temporal": saved["temporal"], "index": saved["index"]} | scale
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(f"{path}: not the settings of an adapter ({error!r})") from None
 
 

@@ -9,7 +9,6 @@ default learning rate. The rate that is best on its own validation, where the te
 looked at, is the one it gets.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import numpy as np
 import cetrec
 from evaluate import METRICS
 from experiments import id_baselines, llm_baselines
-from support.files import write_json
+from support.files import read_object, write_json
 from support.options import Options, Where, add_flags, as_flag, defaults, parse
 from support.runs import check_writable
 from support.terminal import Parser, exit_status
@@ -49,7 +48,7 @@ class Cells:
 
     def __init__(self, out: Path, given: dict):
         self.out, self.given, self.index = out, given, out / "cells.json"
-        self.folders = json.loads(self.index.read_text()) if self.index.is_file() else {}
+        self.folders = read_object(self.index) if self.index.is_file() else {}
 
     def record(self, name: str, seed: int, lr: float) -> dict:
         """run.json of a system's run, which is made now if it is not there.
@@ -63,7 +62,7 @@ class Cells:
         line = " ".join([command.__module__, *flags])
         path = self.out / self.folders.get(line, "none") / "run.json"
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_object(path)
         before = set(self.out.iterdir())
         status = command([*flags, "--out", str(self.out)])
         if status == 130:
@@ -73,7 +72,7 @@ class Cells:
         made, = (p for p in set(self.out.iterdir()) - before if (p / "run.json").is_file())
         self.folders[line] = made.name
         write_json(self.index, self.folders)
-        return json.loads((made / "run.json").read_text(encoding="utf-8"))
+        return read_object(made / "run.json")
 
     def best_rate(self, name: str, seed: int) -> float:
         """Of the default learning rate, a third and three times as much, the best on validation:

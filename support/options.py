@@ -273,7 +273,8 @@ def check_values(options) -> None:
     for f in fields(options):
         value, choices = getattr(options, f.name), f.metadata["choices"]
         low, high = f.metadata["low"], f.metadata["high"]
-        if f.type in (int, float, bool) and type(value) not in (f.type, *[int] * (f.type is float)):
+        whole = type(value) is int and f.type is float              # 1 is as good as 1.0
+        if f.type in (int, float, bool, str) and type(value) is not f.type and not whole:
             raise ValueError(f"{as_flag(f.name)} is {value!r}; wanted a value of type "
                              f"{f.type.__name__}")
         if low is not None and not (low <= value <= high and not 0 < value < SMALLEST):
