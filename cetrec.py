@@ -42,9 +42,10 @@ from lora import add_lora
 from support.checkpoints import find_checkpoint, fingerprint, read_tokenizer
 from support.files import write_json
 from support.floors import result_table
-from support.options import TEMPORAL, Options, Where, add_flags, parse
-from support.runs import (Journal, check_same, check_writable, choose_device, finish, load_adapter,
-                          new_folder, open_data, read_run, rows_that_fit, save_adapter, versions)
+from support.options import TEMPORAL, Options, Where, add_flags, as_flag, parse
+from support.runs import (Journal, check_same, check_writable, choose_device, differences, finish,
+                          load_adapter, new_folder, open_data, read_run, rows_that_fit,
+                          save_adapter, versions)
 from support.terminal import Parser, exit_status
 from support.tiny import TINY_BASES, TinyBase, tiny_base
 from support.trie import ExactTitles, TitleBeams
@@ -392,9 +393,12 @@ def open_model(options: Options, source: Path, adapter: Path | None = None,
 
 
 def run(options: Options, out: Path, folder: Path | None = None, base: Path | None = None,
-        tune: bool = True, method: Method = Method()) -> None:
-    """One run from data to results. With the folder of a run and its base: go on with that run, or
-    evaluate its adapter only."""
+        tune: bool = True, method: Method = Method(), like: Path | None = None) -> Path:
+    """One run from data to results. Returns its folder.
+
+    With the folder of a run and its base: go on with that run, or evaluate its adapter only. With
+    like: a new run, refused unless data and base are those of the run in that folder.
+    """
     check_writable(folder or out)
     device, _ = choose_device(options)
     splits, world, record = open_data(options)
@@ -417,12 +421,12 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
                "base": source.name if options.model == "tiny" else str(source),
                "vocabulary": model.llama.config.vocab_size,
                "versions": versions(device)}
+    if same := folder or like:
+        check_same(same, record)
     if folder is None:
         name = options.temporal if method.name == "cetrec" else method.name
         folder = new_folder(out, f"{Path(options.data).resolve().name}-{name}")
         write_json(folder / "run.json", record)
-    else:
-        check_same(folder, record)
     try:
         if tune:
             epoch = options.epoch(train_set)
@@ -445,6 +449,7 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
         again = f"go on with --resume {folder}" if tune and method.name == "cetrec" else ""
         raise KeyboardInterrupt(again) from None
     finish(folder, record | result, arrays, test_set, tune)
+    return folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -455,17 +460,22 @@ def main(argv: list[str] | None = None) -> int:
                 epilog="docs/readings.md explains D1 to D15, what the paper leaves open.")
     add_flags(ap, Options, Where)
     given = parse(ap, argv)
-    resume, eval_only = given.pop("resume", None), given.pop("eval_only", None)
+    old = {what: Path(given.pop(what)) for what in ("resume", "eval_only", "reproduce")
+           if what in given}
 
     def work() -> None:
-        """A new run, or one that goes on, or one that is evaluated again."""
-        if resume and eval_only:
-            raise ValueError("--resume and --eval-only: one at a time")
-        if folder := resume or eval_only:
-            options, base = read_run(Path(folder), given, "--resume" if resume else "--eval-only")
-            run(options, Path(folder).parent, Path(folder), base, tune=bool(resume))
-        else:
+        """A new run, or one that goes on, or one that is evaluated or done again."""
+        if len(old) > 1:
+            raise ValueError(f"{' and '.join(map(as_flag, old))}: one at a time")
+        if not old:
             run(out=Path(given.pop("out", "runs")), options=Options.from_flags(given))
+        for what, folder in old.items():
+            options, base = read_run(folder, given, as_flag(what))
+            if what == "reproduce":
+                again = run(options, Path(given.get("out", folder.parent)), base=base, like=folder)
+                print(differences(folder, again))
+            else:
+                run(options, folder.parent, folder, base, tune=what == "resume")
     return exit_status(work)
 
 

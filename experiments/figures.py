@@ -10,6 +10,7 @@ import importlib.util
 import io
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -281,7 +282,10 @@ def write_page(folder: Path, heading: str, tables: Sequence[tuple[str, str]],
         for kind in ("png", "svg"):
             import matplotlib
             made = io.BytesIO()
-            with matplotlib.rc_context({"svg.hashsalt": name}):     # the same bytes every time
+            with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+                # The salt makes the same bytes every time. Titles may be in any script, and those
+                # that the font does not have are drawn as boxes, about which nobody can do much.
+                warnings.filterwarnings("ignore", "Glyph .* missing from")
                 fig.savefig(made, format=kind, dpi=160,
                             metadata={"Date": None} if kind == "svg" else None)
             _write(folder / f"{name}.{kind}", made.getvalue())

@@ -260,6 +260,10 @@ class Where:
                                  "its own data and base; goes with the flags of this group, "
                                  "--data-dir, --device, --dtype, and --model where the base has "
                                  "moved", None, told="tune first", metavar="RUN")
+    reproduce: str | None = flag("run", "do the run in this folder again, in a new one, and tell "
+                                 "where losses and metrics differ; goes with --data-dir, --device, "
+                                 "--out, and --model where the base has moved", None,
+                                 told="no", metavar="RUN")
 
 
 def defaults(kind, *wanted: str) -> dict:

@@ -118,15 +118,16 @@ def next_commands(folder: Path, title: str | None) -> str:
     return "\n".join(lines)
 
 
-def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Options, Path]:
+def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Options, Path | None]:
     """The options of a run, changed by the flags that may differ, and the folder of its base.
 
     What decides the result is taken from the run itself. Only what concerns the machine, the places
-    of files and, unless flag is --resume, the evaluation may differ. The flag names the command in
-    messages. Raises FileNotFoundError or ValueError.
+    of files and, unless a run goes on or is done again, the evaluation may differ. The flag names
+    the command in messages. The base is None if it is a tiny one to be made again. Raises
+    FileNotFoundError or ValueError.
     """
-    allowed = {"data_dir", "device", "model"} | (
-        set() if flag == "--resume" else EVALUATION | {"dtype"})
+    allowed = {"data_dir", "device", "model"} | {"--resume": set(), "--reproduce": {"out"}}.get(
+        flag, EVALUATION | {"dtype"})
     if extra := sorted(given.keys() - allowed):
         raise ValueError(f"{flag} takes data, base and tuning from the run; it does not go with "
                          f"{', '.join(map(as_flag, extra))}")
@@ -139,10 +140,16 @@ def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Opti
         if saved["method"] != "cetrec":
             raise ValueError(f"{folder}: a run of the baseline {saved['method']}; {flag} and what "
                              "loads its model want a run of cetrec.py")
-        options = Options.from_record(saved["options"], **given | {"model": model})
+        changed = {name: value for name, value in given.items() if name != "out"}
+        options = Options.from_record(saved["options"], **changed | {"model": model})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{record}: not the record of a run of this version ({error!r})") from None
     options.check_use(given)
+    if flag == "--reproduce":
+        if not ended:
+            raise ValueError(f"{folder}: this run is not complete; --resume goes on with it")
+        if model == "tiny":
+            return options, None
     if flag == "--resume" and ended:
         raise ValueError(f"{folder}: this run is complete; --eval-only evaluates it again")
     if flag != "--resume" and not ended:        # temporal.json is the last file of an adapter
@@ -177,6 +184,28 @@ def check_same(folder: Path, record: dict) -> None:
                         for one, other in ((was, now), (now, was)))
         raise ValueError(f"{folder}: {key} of the run, {was}, is now {now}; a run goes on, and is "
                          "evaluated, with the data and the base it began with only")
+
+
+def differences(was: Path, now: Path) -> str:
+    """Where losses and metrics of two runs differ most, as two lines."""
+    logs, tables = [], []
+    for folder in (was, now):
+        lines = map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
+        logs.append({(line["step"], key): value for line in lines for key, value in line.items()
+                     if key in ("loss", "loss_ta", "loss_ct", "validation_ta")})
+        rows = read_object(folder / "run.json")["rows"]
+        tables.append({(row, metric): value[0] for row, values in rows.items()
+                       for metric, value in values.items()})
+    told = [f"{was} and {now}, which does it again:"]
+    for name, (one, other) in (("losses", logs), ("metrics", tables)):
+        gaps = {key: 0.0 if str(one.get(key)) == str(other.get(key)) else    # nan is nan here
+                abs(one[key] - other[key]) if key in one.keys() & other.keys() else math.inf
+                for key in one | other}
+        worst = max(gaps, key=gaps.get)
+        told.append(f"  {len(gaps):,} {name} | " + (
+            "all the same, to the last digit" if not gaps[worst] else f"the largest difference is "
+            f"{gaps[worst]:.2g}, of {worst[1]} at {worst[0]}"))
+    return "\n".join(told)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,11 @@ import cetrec
 from cetrec import TemporalLlama, main
 from data import build_prompt
 from evaluate import METRICS, beam_search
+from experiments import report
 from llama import load_llama
 from support.checkpoints import read_tokenizer
+from support.files import write_json
+from support.runs import differences
 from support.synthetic import SyntheticWorld
 
 ROOT = Path(__file__).parent.parent
@@ -164,6 +168,58 @@ def test_eval_only_repeats_the_numbers_and_leaves_the_runs_own_files_untouched(c
     assert (f"{run['counts']['test']:,} test sequences, 300 candidates, history kept, "
             in capsys.readouterr().out)
     assert {name: contents(copied)[name] for name in before} == before
+
+
+def test_a_kill_between_the_two_files_of_an_evaluation_leaves_the_run_readable(copied, monkeypatch):
+    """The run's own evaluation counts until the new one is whole."""
+    assert main(["--eval-only", str(copied), "--lists", "titles"]) == 0
+    own = read_json(copied / "run.json")["rows"]
+
+    def killed(path, value):
+        raise SystemError("killed")
+    with monkeypatch.context() as patch:
+        patch.setattr("support.runs.write_json", killed)
+        with pytest.raises(SystemError):
+            main(["--eval-only", str(copied)])
+    run = report.Run.from_folder(copied)
+    assert run.source == "run.json" and run.record["rows"] == own
+
+
+# ------------------------------------------------------------ Done again
+
+
+def test_a_run_is_reproduced_and_compared(copied, capsys, tmp_path):
+    """The tiny base is made again, too, as there is none below the new folder."""
+    out = tmp_path / "elsewhere"
+    assert main(["--reproduce", str(copied), "--out", str(out)]) == 0
+    text, again = capsys.readouterr().out, out / "synthetic-rope-1"
+    assert "tiny base | step" in text and losses(again) == losses(copied)
+    assert re.search(r"\d+ losses \| all the same, to the last digit\n  \d+ metrics \| all the "
+                     "same", text)
+    lines = (copied / "log.jsonl").read_text().splitlines()
+    changed = json.loads(lines[3])
+    changed["loss_ct"] += 0.5
+    (copied / "log.jsonl").write_text("\n".join([*lines[:3], json.dumps(changed), *lines[4:]]))
+    record = read_json(copied / "run.json")
+    record["rows"]["popularity"]["HR@5"][0] += 0.25
+    write_json(copied / "run.json", record)
+    told = differences(copied, again)
+    assert f"the largest difference is 0.5, of loss_ct at {changed['step']}\n" in told
+    assert told.endswith("the largest difference is 0.25, of HR@5 at popularity")
+
+
+def test_what_cannot_be_reproduced_is_refused_before_tuning(copied, capsys):
+    run = read_json(copied / "run.json")
+    write_json(copied / "run.json", run | {"counts": run["counts"] | {"train": 65}})
+    assert main(["--reproduce", str(copied)]) == 2
+    assert "counts of the run, {'train': 65}, is now {'train': 64}" in capsys.readouterr().err
+    write_json(copied / "run.json", {key: run[key] for key in run if key != "rows"})
+    assert main(["--reproduce", str(copied)]) == 2
+    assert "this run is not complete" in capsys.readouterr().err
+    assert main(["--reproduce", str(copied), "--lr", "1"]) == 2
+    assert "--reproduce takes data, base and tuning from the run" in capsys.readouterr().err
+    assert main(["--reproduce", str(copied), "--resume", str(copied)]) == 2
+    assert "--resume and --reproduce: one at a time" in capsys.readouterr().err
 
 
 def test_three_kinds_of_lists_in_a_table_of_100_columns_with_what_to_do_next(finished, capsys):
