@@ -43,6 +43,7 @@ from support.checkpoints import find_checkpoint, fingerprint, read_tokenizer
 from support.files import write_json
 from support.floors import result_table
 from support.options import TEMPORAL, Options, Where, add_flags, as_flag, parse
+from support.processes import add_up, in_shares, my_parts, my_share
 from support.runs import (Journal, check_same, check_writable, choose_device, differences, finish,
                           load_adapter, new_folder, open_data, read_run, rows_that_fit,
                           save_adapter, versions)
@@ -263,15 +264,18 @@ def backward(model: TemporalLlama, batch: Batch, lambda_ct: float, rows: int,
     """The gradient of Eq. 10 for a batch, so many rows at a time. Returns (L, L_TA, L_CT).
 
     The losses are means over targets. So a part of the batch counts by its share of the targets,
-    and the parts' gradients add up to that of the whole.
+    and the parts' gradients add up to that of the whole. Where several processes run, each has its
+    own parts, and the sums over all processes are formed here, the only place where they meet.
     """
     device, parts = device_of(model), []
-    for part in batch.split(rows):
-        share = len(part.targets) / len(batch.targets)
+    for part, share in my_parts(batch, rows):
         losses = loss(model, part.to(device), lambda_ct)
         (share * losses[0]).backward()
         parts.append([x if x is None else share * x.detach() for x in losses])
-    return [None if x[0] is None else sum(x) for x in zip(*parts)]
+    losses = [None if x[0] is None else sum(x) for x in zip(*parts)]
+    gradients = [p.grad for p in tuned_parameters(model)]
+    add_up([x for x in gradients + losses if x is not None])
+    return losses
 
 
 def tuning_step(model: TemporalLlama, batch: Batch, optimizer: torch.optim.Optimizer, lr: float,
@@ -300,12 +304,14 @@ def validation_loss(model: TemporalLlama, sequences: Sequences, batch_size: int,
     L_CT is left out, because only the factual world is used to recommend (§4.4).
     """
     model.eval()
-    total, count = 0.0, 0
-    for batch in tqdm(batches(model.tokenizer, sequences, batch_size, np.random.default_rng(0)),
+    total = torch.zeros(2, dtype=torch.float64)         # of losses, and of targets
+    for batch in tqdm(my_share(batches(model.tokenizer, sequences, batch_size,
+                                       np.random.default_rng(0))),
                       desc="validation", unit="batch", leave=False, disable=None):
-        loss_ta = loss(model, batch.to(device_of(model)), lambda_ct=0)[1]
-        total, count = total + float(loss_ta) * len(batch.targets), count + len(batch.targets)
-    return total / count
+        loss_ta, targets = loss(model, batch.to(device_of(model)), 0)[1], len(batch.targets)
+        total += torch.tensor([float(loss_ta) * targets, targets])
+    add_up([total])
+    return float(total[0] / total[1])
 
 
 def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, how: Tuning,
@@ -443,7 +449,7 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
         result, arrays = result_table(method.lists(model, test_set, options), train_set, test_set,
                                       world, options.exclude_history)
         if model.kind != "none":
-            answers = arrays["answers"] = answer_log_likelihood(model, test_set)
+            answers = arrays["answers"] = in_shares(partial(answer_log_likelihood, model), test_set)
             result["effect"] = mean_and_error(answers[:, 0] - answers[:, 1])
     except KeyboardInterrupt:
         again = f"go on with --resume {folder}" if tune and method.name == "cetrec" else ""

@@ -8,9 +8,16 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from support.processes import rank
+
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or as it was before, also when the machine is lost."""
+    """Write a file that is either whole or as it was before, also when the machine is lost.
+
+    Of several processes only the first one writes.
+    """
+    if rank():
+        return
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:

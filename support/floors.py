@@ -9,6 +9,7 @@ import numpy as np
 
 from data import Sequences
 from evaluate import LENGTH, evaluate_order, list_values, summarise
+from support.processes import shared_out
 from support.synthetic import SyntheticWorld, oracle_rows
 
 
@@ -75,7 +76,8 @@ def result_table(recommenders: dict[str, Callable], train_set: Sequences, test_s
     """
     histories = [test_set.history(i) for i in range(len(test_set))]
     law = None if world is None else world.law(histories)
-    rows, arrays = evaluate_order(recommenders, test_set, law)
+    rows, arrays = evaluate_order({name: shared_out(recommend)
+                                   for name, recommend in recommenders.items()}, test_set, law)
     floors = CountingFloors(train_set, len(test_set.titles))
     rows |= {name: summarise(list_values(items, arrays["target"], law))
              for name, items in floors.lists(histories, exclude_history).items()}

@@ -42,6 +42,7 @@ from support.checkpoints import find_checkpoint
 from support.datasets import TABLE_2, counts, load_interactions, prepare
 from support.files import read_object, save_arrays, write_json
 from support.options import EVALUATION, Options, as_flag
+from support.processes import agreed, first_process_first, processes, rank
 from support.synthetic import SyntheticWorld
 
 # ----------------------------------------------------------------------------------------------
@@ -60,13 +61,15 @@ def check_writable(out: Path) -> None:
 
 
 def new_folder(out: Path, name: str) -> Path:
-    """Make out/name-1, or the next number that is free. No other process gets the same."""
-    for number in itertools.count(1):
+    """Make out/name-1, or the next number that is free. No other run gets the same."""
+    folder = None
+    for number in itertools.count(1) if rank() == 0 else ():
         try:
             (folder := out / f"{name}-{number}").mkdir()
-            return folder
+            break
         except FileExistsError:
             continue
+    return agreed(folder)
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -76,7 +79,8 @@ def versions(device: torch.device) -> dict[str, str]:
     found = {"python": sys.version.split()[0], "torch": torch.__version__,
              "numpy": np.__version__, "tokenizers": tokenizers.__version__,
              "safetensors": safetensors.__version__,
-             "device": f"{device.type} ({kind}), {torch.get_num_threads()} threads"}
+             "device": f"{device.type} ({kind}), {torch.get_num_threads()} threads",
+             "processes": str(processes())}
     here = Path(__file__).parent.parent
     if (here / ".git").exists() and shutil.which("git"):
         told = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"],
@@ -88,6 +92,8 @@ def versions(device: torch.device) -> dict[str, str]:
 def finish(folder: Path, record: dict, arrays: dict, test_set: Sequences,
            tuned: bool = True) -> None:
     """Write what was found, beside the run's own files if it was only evaluated, and print it."""
+    if rank():
+        return
     if not tuned:       # until the new one is whole there is none, and the run's own counts
         (folder / "eval.json").unlink(missing_ok=True)
     record["arrays"] = save_arrays(
@@ -223,8 +229,9 @@ def open_data(options: Options) -> tuple[tuple[Sequences, Sequences, Sequences],
         x = world.interactions(seed=options.seed)
     else:
         world = None
-        raw = load_interactions(options.data, options.data_dir, options.skip_bad_lines,
-                                options.domain)
+        with first_process_first():                             # which may have to fetch files
+            raw = load_interactions(options.data, options.data_dir, options.skip_bad_lines,
+                                    options.domain)
         print(f"raw | {_counted(counts(raw))}")
         x = prepare(raw, options.data, options.sample, options.seed, options.chronological)
         print(*(f"step | {step}" for step in x.steps), sep="\n", end="\n" if x.steps else "")
@@ -308,6 +315,8 @@ def save_adapter(model, folder: Path, base: str | None = None) -> None:
     What a baseline puts round the Llama (experiments/llm_baselines.py) goes to parts.safetensors.
     temporal.json, which is written last, has the checksums of the tensors' files.
     """
+    if rank():
+        return
     try:
         save_lora(model, folder, base)
     except BaseException:           # a full disk above all: leave no part of a file
@@ -418,15 +427,18 @@ class Journal:
         self.losses: list[float] = []           # validation L_TA, an epoch each
         self.best: list[Tensor] = []            # the factors of the best epoch
         self.pending: list[tuple] = []          # steps that the log does not have yet
-        self.log = open(folder / "log.jsonl", "a", encoding="utf-8")
+        if rank():
+            self.log = tempfile.TemporaryFile("w", encoding="utf-8")        # nobody reads it
+        else:
+            self.log = open(folder / "log.jsonl", "a", encoding="utf-8")
         try:
             lock(self.log)
             end = self._load() if (folder / "checkpoint.safetensors").is_file() else 0
         except ValueError:
             self.log.close()
             raise
-        there = (folder / "log.jsonl").read_bytes()[:end].rfind(b"\n") + 1    # whole lines only
-        if there < end:
+        there = 0 if rank() else (folder / "log.jsonl").read_bytes()[:end].rfind(b"\n") + 1
+        if there < end:                                                     # whole lines only
             print(f"{self.log.name} has lost some of the {end:,} bytes that it had; the curves of "
                   "this run will have a gap, its result will not")
         self.log.truncate(there)
@@ -436,6 +448,8 @@ class Journal:
     def __enter__(self) -> "Journal":
         self.started = self.flushed = self.saved = time.perf_counter()
         self.first = self.step          # of this sitting; speed is counted after its first step
+        if rank():                      # drop out other numbers than the first process does
+            torch.manual_seed(torch.initial_seed() + 10**6 * rank() + self.step)
         return self
 
     def __exit__(self, kind, error, trace) -> None:

@@ -11,15 +11,19 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from safetensors import SafetensorError
+
+from support.processes import joined
 
 # Control characters except tab and line feed, marks that turn the direction of text, unusual line
 # breaks, and halves of surrogate pairs, which stand for bytes of a path that are no text.
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
                     "\ufeff\ud800-\udfff]")
 LONGEST = 1_000         # characters of an error line
+OTHER_ENDED = re.compile("gloo.*(closed|reset)|nccl.*remote process|by peer", re.I | re.S)
 OUT_OF_MEMORY = re.compile("(allocate|not enough|out of) memory|size calculation overflow", re.I)
 
 
@@ -50,6 +54,14 @@ class Visible:
         return getattr(self._stream, name)
 
 
+class Quiet(Visible):
+    """A stream on which no line moves, for processes that shall not be watched."""
+
+    def isatty(self) -> bool:
+        """False."""
+        return False
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose faults are one line, like all other faults of a command."""
 
@@ -71,10 +83,13 @@ def exit_status(work: Callable[[], None]) -> int:
     for name in ("stdout", "stderr"):       # a shell's >&- closes one; the work goes on without it
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
+    number = int(os.environ.get("RANK", 0))         # of this process, where torchrun started many
     mine = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if mine else None
     try:
-        with contextlib.redirect_stdout(Visible(sys.stdout)):
+        with joined(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(
+                nowhere if number else Visible(sys.stdout)), contextlib.redirect_stderr(
+                Quiet(sys.stderr) if number else sys.stderr):
             work()
             sys.stdout.flush()
     except BrokenPipeError:     # who read the output, as `head` does, has had enough: say no more
@@ -85,14 +100,17 @@ def exit_status(work: Callable[[], None]) -> int:
     except SafetensorError as error:        # of writing; whoever reads such a file says which it is
         return failed(f"cannot write tensors ({error}). What was written before is whole")
     except (MemoryError, RuntimeError) as error:
+        if OTHER_ENDED.search(str(error)):
+            return failed("another process of this run has ended")
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         reason = str(error).strip().splitlines() or ["no more to be had"]
         return failed(f"out of memory ({reason[0]}). Less is needed with --micro-batch 1, "
                       "--recompute, --dtype bfloat16, a smaller --lora-rank or fewer --beams")
     except KeyboardInterrupt as stop:
-        print(f"interrupted; {one_line(stop) or 'files already written are whole'}",
-              file=sys.stderr)
+        if not number:
+            print(f"interrupted; {one_line(stop) or 'files already written are whole'}",
+                  file=sys.stderr)
         return 130
     finally:
         if mine:
@@ -101,6 +119,13 @@ def exit_status(work: Callable[[], None]) -> int:
 
 
 def failed(message) -> int:
-    """Print an error and return the exit status of a fault that the user can mend."""
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    """Print an error and return the exit status of a fault that the user can mend.
+
+    Of several processes all have most faults alike. So others than the first one wait a while,
+    in which torchrun ends them if the first one has told the fault.
+    """
+    number = int(os.environ.get("RANK", 0))
+    if number:
+        time.sleep(3)
+    print(f"error{f' of process {number}' if number else ''}: {one_line(message)}", file=sys.stderr)
     return 2

@@ -21,6 +21,7 @@ from torch import nn
 from data import (NO_ITEM, Batch, Sequences, Tokenizer, batches, build_prompt, check_context)
 from llama import Llama, LlamaConfig, save_llama
 from support.files import write_json, write_whole
+from support.processes import agreed, first_process_first
 from support.runs import Journal, lock
 
 
@@ -109,11 +110,22 @@ def tiny_base(root: Path, splits: tuple[Sequences, ...], seed: int, device: torc
     for array in (train_set.items, train_set.starts, train_set.targets):
         source.update(array.tobytes())
     folder = root / f"tiny-{source.hexdigest()[:12]}"
-    if (folder / "config.json").is_file():                  # written last
+    if agreed((folder / "config.json").is_file()):          # written last
         return folder
-    tokenizer, heads = tokenizer_for(train_set, recipe.pieces), recipe.num_attention_heads
+    tokenizer = tokenizer_for(train_set, recipe.pieces)
     for part in splits:
         check_context(tokenizer, part, recipe.max_position_embeddings)
+    with first_process_first():
+        make(folder, tokenizer, train_set, seed, device, recipe)
+    return folder
+
+
+def make(folder: Path, tokenizer: Tokenizer, train_set: Sequences, seed: int,
+         device: torch.device, recipe: TinyBase) -> None:
+    """Train a base and write it, unless another run has done so in the meantime."""
+    if (folder / "config.json").is_file():
+        return
+    heads = recipe.num_attention_heads
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
         lock(file, wait=True)
@@ -128,7 +140,6 @@ def tiny_base(root: Path, splits: tuple[Sequences, ...], seed: int, device: torc
                 tie_word_embeddings=True)).to(device)
             pretrain(llama, tokenizer, train_set, seed, recipe, folder)
             write_base(llama, tokenizer, folder)
-    return folder
 
 
 def write_base(llama: Llama, tokenizer: Tokenizer, folder: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_main_path_depends_on_the_seed_only(finished, tmp_path, capsys):
     assert counts["train"] == 64 and record["tuning"]["steps"] == 6
     assert record["options"]["lambda_ct"] == 0.1
     assert record["versions"].keys() - {"revision"} == {
-        "python", "torch", "numpy", "tokenizers", "safetensors", "device"}
+        "python", "torch", "numpy", "tokenizers", "safetensors", "device", "processes"}
     assert sorted(path.name for path in run.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "catalogue.json",
         "evaluation.safetensors", "log.jsonl", "run.json", "temporal.json"]

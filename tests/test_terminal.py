@@ -99,6 +99,21 @@ def test_a_disk_that_is_full_is_one_line_and_what_was_there_is_whole(tmp_path, t
         assert name == "base" or not list(folder.glob("*.part")), name
 
 
+def test_of_several_processes_the_first_tells_a_fault_and_the_others_give_it_time(monkeypatch,
+                                                                                  capsys):
+    waited = []
+    monkeypatch.setattr("support.terminal.time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    assert exit_status(lambda: print("not shown")) == 0
+    assert exit_status(stops(ValueError("no such beam"))) == 2 and waited == [3]
+    assert capsys.readouterr() == ("", "error of process 1: no such beam\n")
+    assert exit_status(stops(KeyboardInterrupt())) == 130
+    gone = "[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4"
+    monkeypatch.setenv("RANK", "0")
+    assert exit_status(stops(RuntimeError(gone))) == 2
+    assert capsys.readouterr() == ("", "error: another process of this run has ended\n")
+
+
 def umask() -> int:
     """The process's mask of permissions, which can only be read by setting it."""
     mask = os.umask(0)
@@ -123,7 +138,7 @@ PRINTS = ("import sys; sys.path.insert(0, '.'); from support.terminal import exi
 
 @pytest.mark.parametrize("shell, out", [
     ("| head -1; echo ${PIPESTATUS[0]}", "0\n141\n"),       # a reader who has had enough
-    ("2>&- | tail -1", "99999\n"), (">&-; echo $?", "0\n")])
+    ("2>&- >&-; echo $?", "0\n")])
 def test_a_closed_end_is_borne_without_a_word(shell, out):
     done = subprocess.run(f'"{sys.executable}" -c "{PRINTS}" {shell}', shell=True, cwd=ROOT,
                           executable="/bin/bash", capture_output=True, text=True)

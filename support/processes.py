@@ -1,0 +1,122 @@
+"""Many processes, one run: `torchrun --nproc_per_node N cetrec.py ...` starts N of them.
+
+Every process has the whole model and draws the same batches, of which it works on its own part.
+Gradients and losses are sums over the parts, each weighted by its share of the batch's targets; so
+they are added up over all processes, and each makes the same step. Users are dealt out for the
+evaluation in the same way. Process 0 alone prints and writes.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data import Batch, Sequences
+from evaluate import Lists
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many work on this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def joined():
+    """In this context the processes that torchrun has started can talk to one another."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # A process that dies ends the others at once, so whoever waits may wait long, as for a base.
+    dist.init_process_group(backend, timeout=timedelta(days=2))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))        # what "cuda" means from now on
+    yield
+    dist.barrier()          # whoever left earlier would seem to have died
+    dist.destroy_process_group()
+
+
+@contextmanager
+def first_process_first():
+    """Process 0 goes through this context before all others do, so that they find its files."""
+    if rank():
+        dist.barrier()
+    yield
+    if processes() > 1 and not rank():
+        dist.barrier()
+
+
+def agreed(value):
+    """The value that process 0 has, in every process."""
+    box = [value]
+    if processes() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def add_up(tensors: list[Tensor]) -> None:
+    """Put the sums over all processes into these tensors. They travel as one."""
+    if processes() > 1:
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat)
+        for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
+            x.copy_(total.view_as(x))
+
+
+def my_parts(batch: Batch, rows: int) -> list[tuple[Batch, float]]:
+    """The parts of a batch that this process works on, at most so many rows each, and their shares
+    of the batch's targets.
+
+    All processes get equally many. One for which nothing is left gets a part that another one has,
+    with share 0.
+    """
+    N = processes()
+    parts = batch.split(min(rows, -(-len(batch.tokens) // N)))
+    shares = [len(part.targets) / len(batch.targets) for part in parts]
+    spare = -len(parts) % N
+    return list(zip(parts + parts[:1] * spare, shares + [0.0] * spare))[rank()::N]
+
+
+def shared_out(recommend: Callable) -> Callable:
+    """A recommender (see evaluate_order) that makes every process's lists for its own users only,
+    and gives all lists to all."""
+    def recommend_together(histories, ages=None, progress: str = "") -> Lists:
+        if processes() == 1:
+            return recommend(histories, ages, progress)
+        mine = range(rank(), len(histories), processes())
+        made = recommend([histories[i] for i in mine], ages and [ages[i] for i in mine], progress)
+        return replace(made, **{f.name: together(getattr(made, f.name)) for f in fields(made)})
+    return recommend_together
+
+
+def in_shares(work: Callable[[Sequences], np.ndarray], sequences: Sequences) -> np.ndarray:
+    """work(sequences), a row for each of them, done by all processes.  -> (len(sequences), ..)"""
+    return together(work(sequences.select(slice(rank(), None, processes()))))
+
+
+def together(mine: np.ndarray) -> np.ndarray:
+    """Rows r, r + N, r + 2N .. of each process r of N, as one array in their order."""
+    if processes() == 1:
+        return mine
+    parts = [None] * processes()
+    dist.all_gather_object(parts, mine)
+    whole = np.empty((sum(map(len, parts)), *mine.shape[1:]), dtype=mine.dtype)
+    for first, part in enumerate(parts):
+        whole[first::processes()] = part
+    return whole
+
+
+def my_share(items: Iterator) -> Iterator:
+    """Every N-th of the items, N being the number of processes, beginning with this one's."""
+    return (item for i, item in enumerate(items) if i % processes() == rank())
