@@ -43,7 +43,7 @@ from support.checkpoints import find_checkpoint, fingerprint, read_tokenizer
 from support.files import write_json
 from support.floors import result_table
 from support.options import TEMPORAL, Options, Where, add_flags, as_flag, parse
-from support.processes import add_up, in_shares, my_parts, my_share
+from support.processes import add_up, in_shares, my_parts, my_share, shard
 from support.runs import (Journal, check_same, check_writable, choose_device, differences, finish,
                           load_adapter, new_folder, open_data, read_run, rows_that_fit,
                           save_adapter, versions)
@@ -382,7 +382,8 @@ def open_model(options: Options, source: Path, adapter: Path | None = None,
     for part in splits:
         check_context(tokenizer, part, config.max_position_embeddings)
     started = time.perf_counter()
-    llama, digest = load_llama(source, device, dtype), fingerprint(source)
+    llama = load_llama(source, "cpu" if options.shard else device, dtype)
+    digest = fingerprint(source)
     if options.recompute:
         llama.run_block = RECOMPUTE
     if options.compile:             # one set of kernels for all blocks and all batch shapes
@@ -433,6 +434,8 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
         name = options.temporal if method.name == "cetrec" else method.name
         folder = new_folder(out, f"{Path(options.data).resolve().name}-{name}")
         write_json(folder / "run.json", record)
+    if options.shard:
+        shard(model, device)
     try:
         if tune:
             epoch = options.epoch(train_set)

@@ -155,6 +155,9 @@ class Options:
 
     device: str = flag("run", "where to compute; auto takes cuda if there is one, else mps, else "
                        "cpu", "auto", choices=["auto", "cpu", "cuda", "mps"])
+    shard: bool = flag("run", "keep only a part of each block's frozen weights in every process of "
+                       "torchrun, and gather them when they are needed: for bases that do not fit "
+                       "one GPU", False)
     dtype: str = flag("run", "precision of the frozen weights; factors, logits and losses are "
                       "always float32. auto is bfloat16 on cuda (float16 where the card has no "
                       "bfloat16) and float32 elsewhere; stored keeps that of the files", "auto",

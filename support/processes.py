@@ -7,6 +7,8 @@ evaluation in the same way. Process 0 alone prints and writes.
 """
 
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -15,10 +17,13 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import Batch, Sequences
 from evaluate import Lists
+
+
+SHARDED: list[bool] = []        # holds something once weights are sharded
 
 
 def rank() -> int:
@@ -33,7 +38,10 @@ def processes() -> int:
 
 @contextmanager
 def joined():
-    """In this context the processes that torchrun has started can talk to one another."""
+    """In this context the processes that torchrun has started can talk to one another.
+
+    They end with it, status 0, because the libraries' threads may abort a process that winds down.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -45,6 +53,8 @@ def joined():
     yield
     dist.barrier()          # whoever left earlier would seem to have died
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 @contextmanager
@@ -88,13 +98,43 @@ def my_parts(batch: Batch, rows: int) -> list[tuple[Batch, float]]:
     return list(zip(parts + parts[:1] * spare, shares + [0.0] * spare))[rank()::N]
 
 
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Let each process keep 1/N of the frozen weights of every block, by PyTorch's FSDP2.
+
+    A block's weights are gathered when it runs, forward and backward, and dropped again. Factors,
+    embeddings and norm stay whole in every process. Gathering is an act of all processes together.
+    So from now on all must run the same blocks equally often, and users are not dealt out. Raises
+    ValueError where torchrun has not started the processes.
+    """
+    if not dist.is_initialized():
+        raise ValueError("--shard wants several processes; start them with torchrun "
+                         "--nproc_per_node N cetrec.py ...")
+    from torch.distributed.fsdp import fully_shard      # this takes a second; few want it
+
+    # Keys and values that a block returns are views, which nothing changes in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    for block in model.llama.layers:
+        tuned = {p for p in block.parameters() if p.requires_grad}
+        for p in tuned:
+            p.data = p.data.to(device)
+        fully_shard(block, ignored_params=tuned)
+    for name, p in model.named_parameters():
+        if not name.startswith("llama.layers."):
+            p.data = p.data.to(device)
+    SHARDED.append(True)
+
+
+def dealers() -> tuple[int, int]:
+    """(this process, how many there are), for what may be dealt out unevenly."""
+    return (0, 1) if SHARDED else (rank(), processes())
+
+
 def shared_out(recommend: Callable) -> Callable:
     """A recommender (see evaluate_order) that makes every process's lists for its own users only,
     and gives all lists to all."""
     def recommend_together(histories, ages=None, progress: str = "") -> Lists:
-        if processes() == 1:
-            return recommend(histories, ages, progress)
-        mine = range(rank(), len(histories), processes())
+        this, N = dealers()
+        mine = range(this, len(histories), N)
         made = recommend([histories[i] for i in mine], ages and [ages[i] for i in mine], progress)
         return replace(made, **{f.name: together(getattr(made, f.name)) for f in fields(made)})
     return recommend_together
@@ -102,21 +142,24 @@ def shared_out(recommend: Callable) -> Callable:
 
 def in_shares(work: Callable[[Sequences], np.ndarray], sequences: Sequences) -> np.ndarray:
     """work(sequences), a row for each of them, done by all processes.  -> (len(sequences), ..)"""
-    return together(work(sequences.select(slice(rank(), None, processes()))))
+    this, N = dealers()
+    return together(work(sequences.select(slice(this, None, N))))
 
 
 def together(mine: np.ndarray) -> np.ndarray:
     """Rows r, r + N, r + 2N .. of each process r of N, as one array in their order."""
-    if processes() == 1:
+    N = dealers()[1]
+    if N == 1:
         return mine
-    parts = [None] * processes()
+    parts = [None] * N
     dist.all_gather_object(parts, mine)
     whole = np.empty((sum(map(len, parts)), *mine.shape[1:]), dtype=mine.dtype)
     for first, part in enumerate(parts):
-        whole[first::processes()] = part
+        whole[first::N] = part
     return whole
 
 
 def my_share(items: Iterator) -> Iterator:
     """Every N-th of the items, N being the number of processes, beginning with this one's."""
-    return (item for i, item in enumerate(items) if i % processes() == rank())
+    this, N = dealers()
+    return (item for i, item in enumerate(items) if i % N == this)

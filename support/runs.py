@@ -132,8 +132,8 @@ def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Opti
     the command in messages. The base is None if it is a tiny one to be made again. Raises
     FileNotFoundError or ValueError.
     """
-    allowed = {"data_dir", "device", "model"} | {"--resume": set(), "--reproduce": {"out"}}.get(
-        flag, EVALUATION | {"dtype"})
+    allowed = {"data_dir", "device", "model", "shard"} | {
+        "--resume": set(), "--reproduce": {"out"}}.get(flag, EVALUATION | {"dtype"})
     if extra := sorted(given.keys() - allowed):
         raise ValueError(f"{flag} takes data, base and tuning from the run; it does not go with "
                          f"{', '.join(map(as_flag, extra))}")
@@ -146,7 +146,7 @@ def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Opti
         if saved["method"] != "cetrec":
             raise ValueError(f"{folder}: a run of the baseline {saved['method']}; {flag} and what "
                              "loads its model want a run of cetrec.py")
-        changed = {name: value for name, value in given.items() if name != "out"}
+        changed = {"shard": False} | {k: value for k, value in given.items() if k != "out"}
         options = Options.from_record(saved["options"], **changed | {"model": model})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{record}: not the record of a run of this version ({error!r})") from None

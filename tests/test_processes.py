@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import small_config
 
 import cetrec
 from llama import Llama
-from support.processes import my_parts
+from lora import add_lora
+from support.processes import SHARDED, dealers, my_parts, shard
 from support.tiny import write_base
 from test_cetrec import batch_of
+from torch.distributed.tensor import DTensor
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--device", "cpu", "--batch-size", "7", "--epochs", "2", "--max-steps", "30",
@@ -85,8 +88,8 @@ def test_three_processes_make_the_run_of_one(world, alone, tmp_path):
 
 
 def test_a_process_that_dies_ends_the_others_and_one_alone_goes_on(world, alone, tmp_path):
-    """What two processes did before the break are the losses of the run of one, too."""
-    process = started(2, [*world, "--out", str(tmp_path)])
+    """What two processes with sharded weights did before the break are the losses of one, too."""
+    process = started(2, [*world, "--shard", "--out", str(tmp_path)])
     deadline, log = time.monotonic() + 100, None
     while time.monotonic() < deadline and not (log and '"step": 7,' in log.read_text()):
         time.sleep(0.01)
@@ -102,6 +105,30 @@ def test_a_process_that_dies_ends_the_others_and_one_alone_goes_on(world, alone,
     assert "rows" not in json.loads((run / "run.json").read_text())
     assert cetrec.main(["--resume", str(run)]) == 0
     check_same_run(run, alone)
+
+
+def test_frozen_weights_are_sharded_and_factors_are_not(temporal, tmp_path, tokenizer):
+    """On a mesh of one, where the halves are wholes, what is computed is the same, bit for bit."""
+    model, batch = temporal("rope"), batch_of(tokenizer, 3, 4, 3)
+    factors = add_lora(model.llama)
+    plain = cetrec.cetrec_loss(model, batch, 0.1)
+    wanted = torch.autograd.grad(plain[0], factors, allow_unused=True)
+    with pytest.raises(ValueError, match="--shard wants several processes"):
+        shard(model, torch.device("cpu"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shard(model, torch.device("cpu"))
+        losses = cetrec.cetrec_loss(model, batch, 0.1)
+        assert all(torch.equal(a, b) for a, b in zip(losses, plain))
+        assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(losses[0], factors),
+                                                     wanted))
+        for name, p in model.llama.layers.named_parameters():
+            assert isinstance(p, DTensor) == (not p.requires_grad), name
+        assert not any(isinstance(p, DTensor) for p in (*factors, model.llama.norm.weight))
+        assert dealers() == (0, 1)
+    finally:
+        SHARDED.clear()
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("N, rows, parts", [(1, 2, [3]), (2, 2, [2, 2]), (2, 9, [1, 1]),
