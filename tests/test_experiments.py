@@ -469,7 +469,7 @@ def test_a_wrong_command_line_is_told_with_the_right_one(capsys, command, argume
 
 @pytest.mark.parametrize("name, content, message", [
     ("catalogue.json", None, "catalogue.json: not found; python cetrec.py --eval-only"),
-    ("catalogue.json", "[]", "catalogue.json: not a run's catalogue"),
+    ("catalogue.json", "[]", "catalogue.json: not a JSON object"),
     ("catalogue.json", '{"domain": "movies"}', "catalogue.json: not a run's catalogue"),
     ("run.json", "{", "run.json: not valid JSON"),
     ("adapter_config.json", None, "adapter_config.json: not found"),
@@ -487,7 +487,7 @@ def test_a_damaged_run_is_named_by_the_file(run_folder, base, tmp_path, capsys, 
 
 @pytest.mark.parametrize("content, message", [
     (None, "temporal.json: not found"), ("{}", "temporal.json: not the settings of an adapter"),
-    ("[1]", "temporal.json: not the settings of an adapter"),
+    ("[1]", "temporal.json: not a JSON object"),
     ('{"temporal": "rope", "index": "time"}', "its index is time, and titles without dates")])
 def test_an_adapter_says_how_it_was_tuned(adapter, base, tmp_path, capsys, content, message):
     folder = shutil.copytree(adapter, tmp_path / "adapter")

@@ -26,7 +26,8 @@ GIVEN = {
     "recompute": (None, True), "compile": (None, True), "eval_sequences": ("8", 8),
     "lists": ("beams, exact", ("beams", "exact")), "beams": ("3", 3), "length_penalty": ("2", 2.0),
     "ground_with": ("base", "base"), "ground_list": ("single", "single"),
-    "exclude_history": (None, False), "device": ("cpu", "cpu"), "dtype": ("bfloat16", "bfloat16")}
+    "exclude_history": (None, False), "device": ("cpu", "cpu"), "shard": (None, True),
+    "dtype": ("bfloat16", "bfloat16")}
 WANTS = {   # what a flag goes with
     "data_dir": ["--data", "ml-100k"], "sample": ["--data", "ml-100k"],
     "domain": ["--data", "mine"], "chronological": ["--data", "lastfm"],
