@@ -13,7 +13,6 @@ llama.py, lora.py and data.py before it, evaluate.py after it.
 Shapes: B batch, T tokens, C width, V vocabulary, M supervised tokens, A places of a row.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,11 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-# Two settings that must be made before torch is loaded. A thread that waits for others spins before
-# it sleeps, by default so long that two runs on one machine slow each other tenfold. And large
-# tensors are put into large pages of memory, which Linux hands out faster.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+import support.start  # noqa: F401 (it settles what must be settled before torch is loaded)
 
 import numpy as np
 import torch

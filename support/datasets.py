@@ -30,6 +30,7 @@ import torch.hub
 from tqdm import tqdm
 
 from data import Interactions
+from support.files import write_whole
 
 LATEST = 4_102_444_800          # 2100-01-01; a later timestamp is in other units than seconds
 LONGEST_LINE = 2**24            # bytes; no format has a line nearly as long
@@ -196,9 +197,7 @@ def unpack(archive: Path, folder: Path, files: list[str], most_bytes: int) -> No
                                      f"{most_bytes:,} are expected; not unpacked")
             folder.mkdir(parents=True, exist_ok=True)
             for name in files:
-                part = folder / f"{name}.part"
-                part.write_bytes(packed.read(entries[name]))
-                part.replace(folder / name)
+                write_whole(folder / name, packed.read(entries[name]))
     # RuntimeError means an encrypted entry, NotImplementedError an unknown way of packing.
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{archive}: damaged zip archive ({error}). Remove it and run again") \

@@ -85,7 +85,8 @@ def exit_status(work: Callable[[], None]) -> int:
             setattr(sys, name, open(os.devnull, "w"))
     number = int(os.environ.get("RANK", 0))         # of this process, where torchrun started many
     mine = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if mine else None
+    before = [(kind, signal.signal(kind, signal.default_int_handler))
+              for kind in (signal.SIGTERM, signal.SIGINT) if mine]
     try:
         with joined(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(
                 nowhere if number else Visible(sys.stdout)), contextlib.redirect_stderr(
@@ -113,8 +114,8 @@ def exit_status(work: Callable[[], None]) -> int:
                   file=sys.stderr)
         return 130
     finally:
-        if mine:
-            signal.signal(signal.SIGTERM, before)
+        for kind, handler in before:
+            signal.signal(kind, handler)
     return 0
 
 

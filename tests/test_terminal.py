@@ -175,3 +175,14 @@ def test_faults_of_a_command_line_are_one_line_too(capsys):
     assert line.startswith("error: the following arguments") or "\\x1byyy" in line
     assert line.endswith("usage: walk.py WHERE [flags], where --help explains the flags\n")
     assert line.count("\n") == 1 and "\x1b" not in line and len(line) < LONGEST + 200
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="wants /proc")
+def test_ctrl_c_while_libraries_are_loaded_ends_a_command_without_a_word():
+    process = subprocess.Popen([sys.executable, str(ROOT / "cetrec.py")], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "numpy" not in maps.read_text():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "") and process.returncode == -signal.SIGINT
