@@ -421,14 +421,15 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
               f"{show_prompt(model.tokenizer, example)}")
     record |= {"method": method.name, "options": options.record(), "settings": model.settings(),
                "base": source.name if options.model == "tiny" else str(source),
-               "vocabulary": model.llama.config.vocab_size,
-               "versions": versions(device)}
+               "vocabulary": model.llama.config.vocab_size, "versions": versions(device)}
     if same := folder or like:
         check_same(same, record)
     if folder is None:
         name = options.temporal if method.name == "cetrec" else method.name
         folder = new_folder(out, f"{Path(options.data).resolve().name}-{name}")
         write_json(folder / "run.json", record)
+    test_set = test_set.sample(options.eval_sequences, options.seed)
+    recommenders = method.lists(model, test_set, options)       # which may refuse the tokenizer
     if options.shard:
         shard(model, device)
     try:
@@ -443,9 +444,8 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
             record["tuning"] = train(model, epoch, valid_set.sample(1_000, options.seed), how,
                                      folder, None if options.model == "tiny" else options.model,
                                      method.loss)
-        test_set = test_set.sample(options.eval_sequences, options.seed)
-        result, arrays = result_table(method.lists(model, test_set, options), train_set, test_set,
-                                      world, options.exclude_history)
+        result, arrays = result_table(recommenders, train_set, test_set, world,
+                                      options.exclude_history)
         if model.kind != "none":
             answers = arrays["answers"] = in_shares(partial(answer_log_likelihood, model), test_set)
             result["effect"] = mean_and_error(answers[:, 0] - answers[:, 1])

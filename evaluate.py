@@ -319,7 +319,7 @@ def prompts_by_length(model, titles: Sequence[str], domain: str, histories, ages
 class GroundedBeams:
     """The paper's recommender (§5.1.4): five free texts, each grounded in the catalogue, merged.
 
-    It keeps the table of title embeddings, so make a new one after tuning the model.
+    The catalogue is embedded at each call, by the model as it is then.
     """
 
     def __init__(self, model, titles: Sequence[str], domain: str, decoding: Decoding = Decoding()):
@@ -330,8 +330,6 @@ class GroundedBeams:
         self.shortest = min(4, min(sizes))      # D12: CFT's 4 would bar shorter titles
         self.longest = min(128, max(sizes) + 8)
         self.names = {clean(title) for title in titles}
-        with self.weights():
-            self.table = embed_titles(model, titles)
 
     def weights(self):
         """The context in which titles are embedded."""
@@ -343,6 +341,8 @@ class GroundedBeams:
         how, out = self.decoding, Lists.empty(len(histories), self.decoding.beams)
         reach = min(len(self.titles), LENGTH + max(map(len, histories), default=0))
         grounded: dict[str, list[int]] = {}
+        with self.weights():
+            table = embed_titles(self.model, self.titles)
         for chunk, prompts in prompts_by_length(self.model, self.titles, self.domain, histories,
                                                 ages, 64, progress):
             answers, _ = beam_search(self.model, prompts, how.beams, self.longest, self.shortest,
@@ -350,7 +350,7 @@ class GroundedBeams:
             texts = [[clean(self.model.tokenizer.decode(a)) for a in beam] for beam in answers]
             if new := sorted({t for beam in texts for t in beam} - grounded.keys()):
                 with self.weights():
-                    near = ground(self.model, new, self.titles, self.table, reach)
+                    near = ground(self.model, new, self.titles, table, reach)
                 grounded.update(zip(new, near.tolist()))
             for i, beam in zip(chunk, texts):
                 used = beam if how.ground_list == "merged" else beam[:1]

@@ -9,7 +9,6 @@ import html
 import importlib.util
 import io
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from cetrec import erase_order, sinusoidal
 from evaluate import METRICS
+from support.files import write_whole
 
 NO_MATPLOTLIB = "no figures: they want matplotlib; pip install matplotlib"
 DARK, MIDDLE, LIGHT = "#1b3a5c", "#d1761d", "#9cc7e0"       # lightness 0.23, 0.57, 0.77
@@ -288,18 +288,12 @@ def write_page(folder: Path, heading: str, tables: Sequence[tuple[str, str]],
                 warnings.filterwarnings("ignore", "Glyph .* missing from")
                 fig.savefig(made, format=kind, dpi=160,
                             metadata={"Date": None} if kind == "svg" else None)
-            _write(folder / f"{name}.{kind}", made.getvalue())
+            write_whole(folder / f"{name}.{kind}", made.getvalue())
         image = base64.b64encode(made.getvalue()).decode()
         body.append(f'<figure><img alt="{html.escape(caption)}" '
                     f'src="data:image/svg+xml;base64,{image}">\n'
                     f"<figcaption>{html.escape(caption)}</figcaption></figure>")
     body += [f"<p>{html.escape(note)}</p>" for note in notes]
     page = PAGE.format(heading=html.escape(heading), body="\n".join(body))
-    _write(folder / "report.html", page.encode())
+    write_whole(folder / "report.html", page.encode())
     return folder / "report.html"
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)

@@ -10,6 +10,7 @@ led to one are kept.
 """
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,7 @@ from support.checkpoints import fingerprint, read_tokenizer
 from support.datasets import load_interactions, prepare
 from support.files import save_arrays, write_json
 from support.floors import result_table
-from support.options import Options
+from support.options import Options, Where, add_flags, as_flag, parse
 from support.runs import Journal, load_adapter, read_run, save_adapter
 from support.terminal import Parser, exit_status, one_line
 from support.tiny import SEEN, tiny_tokenizer, write_base
@@ -229,6 +231,30 @@ def use_titles(folder: Path) -> None:
     embed_titles(small_model(), titles)
 
 
+def good_flags(folder: Path) -> None:
+    """A command line, a word a line."""
+    odd = {"int": "9", "float": "0.5", "bool": None}
+    words = []
+    for f in fields(Options):
+        if f.name not in ("data", "model", "chronological", "recompute", "domain", "data_dir"):
+            kind, choices = getattr(f.type, "__name__", "str"), f.metadata["choices"]
+            value = odd.get(kind, choices[-1] if choices else None)
+            words += [as_flag(f.name)] + ([value] if value and kind != "bool" else [])
+    (folder / "flags.txt").write_text("\n".join(words))
+
+
+def use_flags(folder: Path) -> None:
+    """Parse a command line and check it. A refusal of the parser is one line, too."""
+    words = (folder / "flags.txt").read_bytes().decode("utf-8", "surrogateescape").split("\n")
+    ap, told = Parser(prog="cetrec.py"), io.StringIO()
+    add_flags(ap, Options, Where)
+    try:
+        with contextlib.redirect_stderr(told):
+            Options.from_flags(parse(ap, [word.replace("\0", "") for word in words]))
+    except SystemExit:
+        assert told.getvalue().count("\n") == 1
+
+
 READERS: dict[str, tuple[Callable, Callable, str]] = {      # good files, reader, files to damage
     "tokenizer": (good_base, use_tokenizer, "*token*.json generation_config.json"),
     "base": (good_base, use_base, "config.json model.safetensors"),
@@ -237,6 +263,7 @@ READERS: dict[str, tuple[Callable, Callable, str]] = {      # good files, reader
             "run.json catalogue.json log.jsonl evaluation.safetensors"),
     "checkpoint": (good_journal, use_journal, "*"),
     "titles": (good_titles, use_titles, "*"),
+    "flags": (good_flags, use_flags, "*"),
     "csv": (good_data("interactions.csv", "items.csv", "{u},{i},{d}\n", '{i},"{quoted}"\n',
                       ("user,item,timestamp\n", "item,title\n")), use_data(None), "*.csv"),
     "recbole": (good_data("x.inter", "x.item", "{u}\t{i}\t{t}\n", "{i}\t{title}\n",

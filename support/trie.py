@@ -49,7 +49,8 @@ class Trie:
                     raise ValueError(
                         f"this tokenizer merges the prompt's end with the answer "
                         f"{titles[len(answers) - 1]!r}; a trie wants answers that begin at a token "
-                        "of their own. Use --lists beams")
+                        "of their own. Use another base or, where there is that choice, --lists "
+                        "beams")
 
         # In sorted order, all that an answer does not share with the one before it is new, so
         # preorder comes by itself.

@@ -1048,6 +1048,15 @@ def test_the_same_figures_are_the_same_bytes(run_folder, tmp_path, draw):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_titles_in_a_script_that_the_font_lacks_are_drawn_without_a_warning(run_folder, tmp_path,
+                                                                            draw, recwarn):
+    run = Run.from_folder(run_folder)
+    run = replace(run, titles=[f"七人の侍 {i}" for i in range(len(run.titles))])
+    drawn = [d for d in report.drawings([run], 0) if d[0] == "case"]
+    draw.write_page(tmp_path, "titles", [], drawn, [])
+    assert (tmp_path / "case.png").is_file() and not list(recwarn)
+
+
 @pytest.mark.parametrize("name, arguments, message", [
     ("explain", ["nowhere", "7"], "nowhere/run.json: not found; experiments.explain wants the"),
     ("recommend", ["nowhere", CANYON], "nowhere/config.json: not found; wanted a run (run.json)"),

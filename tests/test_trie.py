@@ -243,5 +243,5 @@ def test_a_tokenizer_that_merges_prompt_and_answer_is_refused():
         vocab_size=300, special_tokens=["</s>"], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     with pytest.raises(ValueError, match="merges the prompt's end with the answer 'Heat'.*"
-                                         "Use --lists beams"):
+                                         "Use another base or, where .*, --lists beams"):
         Trie(Tokenizer(bpe, (0,)), ["Heat"])
