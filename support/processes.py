@@ -42,7 +42,7 @@ def joined():
 
     They end with it, status 0, because the libraries' threads may abort a process that winds down.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():  # by an outer command
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
