@@ -70,8 +70,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """End the program with status 2."""
-        sys.exit(failed(f"{one_line(message)}; {self.format_usage().strip()}, where --help explains "
-                        "the flags"))
+        usage = self.format_usage().strip()
+        sys.exit(failed(f"{one_line(message)}; {usage}, where --help explains the flags"))
 
 
 def exit_status(work: Callable[[], None]) -> int:
