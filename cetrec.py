@@ -37,9 +37,10 @@ from lora import add_lora
 from support.checkpoints import find_checkpoint, fingerprint, read_tokenizer
 from support.files import write_json
 from support.floors import result_table
+from support.journal import Journal
 from support.options import TEMPORAL, Options, Where, add_flags, as_flag, parse
 from support.processes import add_up, in_shares, my_parts, my_share, shard
-from support.runs import (Journal, check_same, check_writable, choose_device, differences, finish,
+from support.runs import (check_same, check_writable, choose_device, differences, finish,
                           load_adapter, new_folder, open_data, read_run, rows_that_fit,
                           save_adapter, versions)
 from support.terminal import Parser, exit_status

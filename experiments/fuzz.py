@@ -39,8 +39,9 @@ from support.checkpoints import fingerprint, read_tokenizer
 from support.datasets import load_interactions, prepare
 from support.files import save_arrays, write_json
 from support.floors import result_table
+from support.journal import Journal
 from support.options import Options, Where, add_flags, as_flag, parse
-from support.runs import Journal, load_adapter, read_run, save_adapter
+from support.runs import load_adapter, read_run, save_adapter
 from support.terminal import Parser, exit_status, one_line
 from support.tiny import SEEN, tiny_tokenizer, write_base
 from support.trie import Trie

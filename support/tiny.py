@@ -21,8 +21,8 @@ from torch import nn
 from data import (NO_ITEM, Batch, Sequences, Tokenizer, batches, build_prompt, check_context)
 from llama import Llama, LlamaConfig, save_llama
 from support.files import write_json, write_whole
+from support.journal import Journal, lock
 from support.processes import agreed, first_process_first
-from support.runs import Journal, lock
 
 
 @dataclass(frozen=True)

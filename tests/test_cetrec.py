@@ -22,7 +22,8 @@ from cetrec import (RECOMPUTE, TemporalLlama, Tuning, answer_log_likelihood, cet
 from data import IGNORE, collate, encode_example
 from llama import Block, Llama, save_llama
 from lora import ALL_LINEAR, add_lora, load_lora, lora_parameters
-from support.runs import Journal, load_adapter, save_adapter
+from support.journal import Journal
+from support.runs import load_adapter, save_adapter
 
 KINDS = ["rope", "rope-attention", "sinpe", "none"]
 close = torch.testing.assert_close

@@ -14,7 +14,7 @@ from conftest import TITLES
 from data import IGNORE, NO_ITEM, build_prompt, collate, encode_example
 from llama import load_llama
 from support.checkpoints import read_tokenizer
-from support.runs import Journal
+from support.journal import Journal
 from support.tiny import (BOS, SEEN, TinyBase, tiny_base, tiny_tokenizer, supervise_titles,
                           tokenizer_for)
 
