@@ -79,10 +79,11 @@ class Sequences:
 
         None where k counts steps, which is the paper's way.
         """
-        if self.index == "order":
-            return None
-        days = (self.times[self.targets[i]] - self.times[self.starts[i]:self.targets[i]]) / 86_400
-        return np.log2(1 + days)
+        return None if self.index == "order" else np.log2(1 + self.days(i))
+
+    def days(self, i: int) -> np.ndarray:
+        """How many days before answer i each item of its history was taken."""
+        return (self.times[self.targets[i]] - self.times[self.starts[i]:self.targets[i]]) / 86_400
 
     def words(self, items) -> list[str]:
         """Titles of the given item ids."""

@@ -75,7 +75,8 @@ def result_table(recommenders: dict[str, Callable], train_set: Sequences, test_s
     lists are valued then, its oracles.
     """
     histories = [test_set.history(i) for i in range(len(test_set))]
-    law = None if world is None else world.law(histories)
+    law = None if world is None else world.law(
+        histories, [test_set.days(i) for i in range(len(test_set))])
     rows, arrays = evaluate_order({name: shared_out(recommend)
                                    for name, recommend in recommenders.items()}, test_set, law)
     floors = CountingFloors(train_set, len(test_set.titles))

@@ -71,6 +71,9 @@ class Options:
                                 False)
     order_strength: float = flag("data", "synthetic only: how much the order of a history decides "
                                  "the next item, from 0 (not at all) to 1", 1.0, metavar="S")
+    clock: float = flag("data", "synthetic only: how much of that follows the age of an item and "
+                        "not its steps back, from 0 to 1; gaps are hours and months then", 0.0,
+                        low=0, high=1, metavar="C")
     limit_train: int = flag("data", "use the N latest training sequences only; 0 means all", 0,
                             low=0, metavar="N")
     seed: int = flag("data", "decides all that is drawn at random: the synthetic world, samples, "
@@ -201,6 +204,7 @@ class Options:
         public, drawn = self.data in FORMATS, self.data == "synthetic"
         for name, goes_with, used in (
                 ("order_strength", "--data synthetic", drawn),
+                ("clock", "--data synthetic", drawn),
                 ("data_dir", "a public data set", public),
                 ("sample", "data that are not synthetic", not drawn),
                 ("domain", "data that are not synthetic", not drawn),

@@ -220,7 +220,8 @@ def open_data(options: Options) -> tuple[tuple[Sequences, Sequences, Sequences],
     Prints every step of the preparation with its counts, beside the paper's Table 2.
     """
     if options.data == "synthetic":
-        world = SyntheticWorld(strength=options.order_strength, seed=options.seed)
+        world = SyntheticWorld(strength=options.order_strength, seed=options.seed,
+                               clock=options.clock)
         x = world.interactions(seed=options.seed)
     else:
         world = None

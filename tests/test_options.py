@@ -17,8 +17,9 @@ ALL = [f.name for kind in (Options, Where) for f in fields(kind)]
 GIVEN = {
     "data": ("ml-100k", "ml-100k"), "data_dir": ("raw", "raw"), "domain": ("games", "games"),
     "sample": ("0.5", 0.5), "chronological": (None, True), "index": ("time", "time"),
-    "skip_bad_lines": (None, True), "order_strength": ("0.25", 0.25), "limit_train": ("7", 7),
-    "seed": ("3", 3), "model": ("some/base", "some/base"), "temporal": ("sinpe", "sinpe"),
+    "skip_bad_lines": (None, True), "order_strength": ("0.25", 0.25), "clock": ("0.5", 0.5),
+    "limit_train": ("7", 7), "seed": ("3", 3), "model": ("some/base", "some/base"),
+    "temporal": ("sinpe", "sinpe"),
     "sinpe_scale": ("0.1", 0.1), "lora_rank": ("2", 2), "lora_alpha": ("5", 5.0),
     "lora_dropout": ("0.2", 0.2), "lora_targets": ("q_proj, o_proj", ("q_proj", "o_proj")),
     "lambda_ct": ("0.5", 0.5), "lr": ("1e-2", 0.01), "batch_size": ("9", 9), "epochs": ("4", 4),

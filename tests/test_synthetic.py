@@ -156,3 +156,85 @@ def test_the_oracle_bounds_are_ordered_and_meet_at_strength_0(strength):
             assert aware > blind + 0.01 and aware > misled + 0.05
         else:
             assert aware == pytest.approx(blind, abs=1e-9) == pytest.approx(misled, abs=1e-9)
+
+
+# ------------------------------------------------------------ With a clock
+
+
+def brute_force_order_aware(world, history, samples=4_000):
+    """p(next | order): the mean over gaps, weighted by the law's own probability of the items."""
+    rng, total, mass = np.random.default_rng(9), 0.0, 0.0
+    for _ in range(samples):
+        gaps = [rng.exponential(1 / 24) if rng.random() < 0.6 else 10 ** rng.uniform(0, 2.5)
+                for _ in range(len(history))]
+        when = np.array([0, *np.cumsum(gaps)])
+        p = 1.0
+        for t in range(1, len(history)):
+            p *= world.next_distribution(np.array([history[:t]]),
+                                         (when[t] - when[:t])[None])[0, history[t]]
+        total = total + p * world.next_distribution(np.array([history]),
+                                                    (when[-1] - when[:-1])[None])[0]
+        mass += p
+    return total / mass
+
+
+def test_the_clocks_weights_by_hand():
+    """Taken 3, 1 and 0 days ago: 1/4, 1/2 and 1 in proportion, half of it by the clock."""
+    days = np.array([[3.0, 1.0, 0.0]])
+    np.testing.assert_allclose(SyntheticWorld(20, clock=1.0).weights(3, days),
+                               [[1 / 7, 2 / 7, 4 / 7]])
+    np.testing.assert_allclose(SyntheticWorld(20, strength=0.5, decay=0.1, clock=0.5).weights(
+        3, days), [[1 / 6 + (x / 111 + y / 7) / 4 for x, y in ((1, 1), (10, 2), (100, 4))]])
+    long_ago = SyntheticWorld(20, clock=1.0).weights(3, days + 10_000)
+    np.testing.assert_allclose(long_ago, 1 / 3, atol=1e-3)      # users A and B of Figure 1
+
+
+def test_users_are_drawn_by_the_law_of_their_own_gaps():
+    """The answers' log-probability is what the law expects, and less where gaps are misread."""
+    world = SyntheticWorld(items=40, clock=1.0)
+    s = make_sequences(world.interactions(4_000))
+    histories, answers = [s.history(i) for i in range(len(s))], s.items[s.targets]
+    days = [s.days(i) for i in range(len(s))]
+    law = world.law(histories, days)
+    log_p = np.log(law[np.arange(len(s)), answers])
+    off = log_p - (law * np.log(law + (law == 0))).sum(axis=1)
+    assert abs(off.mean()) < 4 * off.std() / math.sqrt(len(s))
+    for misread in (lambda d: 0 * d, lambda d: 10 * d, lambda d: d / 10):
+        other = world.law(histories, [misread(d) for d in days])
+        gain = log_p - np.log(other[np.arange(len(s)), answers])
+        assert gain.mean() > 3 * gain.std() / math.sqrt(len(s))
+
+
+def test_gaps_are_hours_and_months():
+    gaps = np.diff(SyntheticWorld(20).times(np.random.default_rng(0), (20_000, 2)))[:, 0] / 86_400
+    assert np.mean(gaps < 1) == pytest.approx(0.6, abs=0.02)
+    assert gaps[gaps < 0.9].mean() == pytest.approx(1 / 24, rel=0.05)
+    assert np.median(gaps[gaps > 1]) == pytest.approx(10 ** 1.25, rel=0.1)
+    assert gaps.max() < 317
+
+
+def test_the_order_aware_estimate_with_a_clock_equals_brute_force_over_gaps():
+    world = SyntheticWorld(items=30, clock=1.0)
+    for history in ([0, 1, 12, 5], [3, 9, 2]):
+        exact = brute_force_order_aware(world, history)
+        estimate = world.order_blind_distribution(np.array([history]), samples=20_000,
+                                                  order_known=True)[0]
+        np.testing.assert_allclose(estimate, exact, atol=4e-3)
+        late = world.next_distribution(np.array([history]), np.full((1, len(history)), 99.0))[0]
+        assert np.abs(exact - late).max() > 0.02
+
+
+def test_three_oracles_stand_in_their_order_and_coincide_at_strength_0():
+    for strength, clock in ((1.0, 1.0), (0.0, 1.0)):
+        world = SyntheticWorld(items=60, strength=strength, clock=clock)
+        s = make_sequences(world.interactions(500)).sample(200, 0)
+        histories = [s.history(i) for i in range(len(s))]
+        law = world.law(histories, [s.days(i) for i in range(len(s))])
+        rows = oracle_rows(world, histories, law, samples=128)
+        best = [rows[f"best, {kind}"]["HR@5"][0] for kind in (
+            "clock-aware", "order-aware", "order-blind")]
+        if strength:
+            assert best[0] > best[1] + 0.01 and best[1] > best[2] + 0.01
+        else:
+            assert best == pytest.approx([best[0]] * 3, abs=1e-3)
+    assert "best, clock-aware" not in oracle_rows(SyntheticWorld(60), histories[:3], law[:3])
