@@ -442,7 +442,17 @@ def test_damaged_tokenizer_files_are_one_clear_error(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="generation_config.json: not valid JSON"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer of Llama.s kind"):
+    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer file"):
+        read_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_over_which_the_library_would_end_the_process_is_refused(tmp_path, tokenizer):
+    checkpoint_tokenizer(tmp_path, tokenizer.bpe, config={"eos_token_id": 1})
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["continuing_subword_prefix"] = "x"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="tokenizer.json: words with a prefix or suffix"):
         read_tokenizer(tmp_path)
 
 
