@@ -23,7 +23,7 @@ from test_cetrec import batch_of
 from torch.distributed.tensor import DTensor
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ["--device", "cpu", "--batch-size", "7", "--epochs", "2", "--max-steps", "30",
+FLAGS = ["--device", "cpu", "--batch-size", "7", "--epochs", "2", "--max-steps", "18",
          "--eval-sequences", "7", "--lists", "titles", "--lora-dropout", "0"]
 
 
