@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (NO_ITEM, Batch, Sequences, Tokenizer, batches, check_context, collate,
-                  encode_example, show_prompt)
+                  show_sequence)
 from evaluate import GroundedBeams, device_of, mean_and_error
 from llama import Block, KVCache, Llama, LlamaConfig, load_llama, rotate
 from lora import add_lora
@@ -261,7 +261,7 @@ def backward(model: TemporalLlama, batch: Batch, lambda_ct: float, rows: int,
 
     The losses are means over targets. So a part of the batch counts by its share of the targets,
     and the parts' gradients add up to that of the whole. Where several processes run, each has its
-    own parts, and the sums over all processes are formed here, the only place where they meet.
+    own parts, and the sums over all of them, which every process gets, are formed here.
     """
     device, parts = device_of(model), []
     for part, share in my_parts(batch, rows):
@@ -406,6 +406,8 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
     device, _ = choose_device(options)
     splits, world, record = open_data(options)
     train_set, valid_set, test_set = splits
+    if same := folder or like:          # the data are compared now, the base when it is read
+        check_same(same, record)
     if base is None and options.model == "tiny":
         base = tiny_base(out, splits, options.seed, device,
                          TINY_BASES.get(options.data, TinyBase()))
@@ -415,24 +417,21 @@ def run(options: Options, out: Path, folder: Path | None = None, base: Path | No
     if tune:
         add_lora(model.llama, options.lora_rank, options.lora_alpha, options.lora_dropout,
                  options.lora_targets)
-        example = encode_example(model.tokenizer, train_set.words(train_set.history(0)),
-                                 train_set.titles[train_set.target(0)], train_set.domain,
-                                 train_set.ages(0))
         print("a training prompt, each item ⟨marked⟩ with its index k\n"
-              f"{show_prompt(model.tokenizer, example)}")
+              f"{show_sequence(model.tokenizer, train_set, 0)}")
+    test_set = test_set.sample(options.eval_sequences, options.seed)
+    recommenders = method.lists(model, test_set, options)       # which may refuse the tokenizer
+    if options.shard:
+        shard(model, device)
     record |= {"method": method.name, "options": options.record(), "settings": model.settings(),
                "base": source.name if options.model == "tiny" else str(source),
                "vocabulary": model.llama.config.vocab_size, "versions": versions(device)}
-    if same := folder or like:
+    if same:
         check_same(same, record)
     if folder is None:
         name = options.temporal if method.name == "cetrec" else method.name
         folder = new_folder(out, f"{Path(options.data).resolve().name}-{name}")
         write_json(folder / "run.json", record)
-    test_set = test_set.sample(options.eval_sequences, options.seed)
-    recommenders = method.lists(model, test_set, options)       # which may refuse the tokenizer
-    if options.shard:
-        shard(model, device)
     try:
         if tune:
             epoch = options.epoch(train_set)

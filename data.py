@@ -276,6 +276,13 @@ def show_prompt(tokenizer: Tokenizer, example: Example) -> str:
     return text
 
 
+def show_sequence(tokenizer: Tokenizer, sequences: Sequences, i: int) -> str:
+    """Sequence i with its answer, as show_prompt shows it."""
+    return show_prompt(tokenizer, encode_example(
+        tokenizer, sequences.words(sequences.history(i)), sequences.titles[sequences.target(i)],
+        sequences.domain, sequences.ages(i)))
+
+
 # ----------------------------------------------------------------------------------------------
 # Batches
 

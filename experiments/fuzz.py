@@ -31,7 +31,7 @@ from tqdm import tqdm
 from cetrec import TemporalLlama
 from data import IGNORE, encode_example, make_sequences, split_by_time
 from evaluate import embed_titles
-from experiments.recommend import read_catalogue, tuned_with
+from experiments.recommend import tuned_with
 from experiments.report import Run
 from llama import Llama, LlamaConfig, load_llama
 from lora import add_lora, load_lora
@@ -41,7 +41,7 @@ from support.files import save_arrays, write_json
 from support.floors import result_table
 from support.journal import Journal
 from support.options import Options, Where, add_flags, as_flag, parse
-from support.runs import load_adapter, read_run, save_adapter
+from support.runs import load_adapter, read_catalogue, read_run, save_adapter
 from support.terminal import Parser, exit_status, one_line
 from support.tiny import SEEN, tiny_tokenizer, write_base
 from support.trie import Trie
@@ -190,6 +190,7 @@ def use_journal(folder: Path) -> None:
 def good_data(inter: str, items: str, row: str, item: str, head: tuple[str, str]) -> Callable:
     """Two files of a data set: six users who take all items in turn."""
     def write(folder: Path) -> None:
+        """The interactions and the items."""
         rows = [row.format(u=u, i=i, t=978_300_000 + 60 * i + u, d=f"2017-01-0{i + 1}")
                 for u in range(1, 7) for i in range(6)]
         (folder / inter).parent.mkdir(exist_ok=True)
@@ -203,6 +204,7 @@ def good_data(inter: str, items: str, row: str, item: str, head: tuple[str, str]
 def use_data(name: str | None) -> Callable:
     """Read a data set to the sequences; the files that are no data set are the user's own."""
     def read(folder: Path) -> None:
+        """Strictly, and leaving bad lines out."""
         for skip in (False, True):
             x = load_interactions(name or str(folder), folder, skip)
             split_by_time(make_sequences(prepare(x, name or "own", 1.0), 1))

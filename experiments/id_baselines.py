@@ -34,8 +34,8 @@ from support.terminal import Parser, exit_status
 
 L = 10                          # places of a history, as in data.make_sequences
 SHARED = {"data", "data_dir", "domain", "sample", "chronological", "skip_bad_lines",
-          "order_strength", "limit_train", "seed", "eval_sequences", "exclude_history", "device",
-          "out"}
+          "order_strength", "clock", "limit_train", "seed", "eval_sequences", "exclude_history",
+          "device", "out"}
 
 # ----------------------------------------------------------------------------------------------
 # Three ways from a history to a state

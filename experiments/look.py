@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from data import Sequences, Tokenizer, encode_example, show_prompt
+from data import Sequences, Tokenizer, show_sequence
 from support.checkpoints import read_tokenizer
 from support.options import Options, add_flags, parse
 from support.runs import open_data
@@ -21,7 +21,7 @@ from support.terminal import Parser, exit_status
 from support.tiny import TINY_BASES, TinyBase, tokenizer_for
 
 FLAGS = {"data", "data_dir", "domain", "sample", "chronological", "index", "skip_bad_lines",
-         "order_strength", "seed"}
+         "order_strength", "clock", "seed"}
 
 
 def histogram(values: np.ndarray) -> str:
@@ -66,9 +66,6 @@ def describe(splits: tuple[Sequences, Sequences, Sequences], users: int,
     lengths = np.array([len(example.tokens) for example in tokenizer.examples(
         [train_set.words(train_set.history(i)) for i in drawn], [None] * len(drawn),
         train_set.domain)])
-    first = encode_example(tokenizer, train_set.words(train_set.history(0)),
-                           train_set.titles[train_set.target(0)], train_set.domain,
-                           train_set.ages(0))
     fewer = users - len(of_users)
     return "\n".join([
         "", "users by their number of interactions"
@@ -81,7 +78,7 @@ def describe(splits: tuple[Sequences, Sequences, Sequences], users: int,
         f"tokens of a prompt | median {np.median(lengths):.0f}, 95 % have up to "
         f"{np.quantile(lengths, 0.95):.0f}, longest {lengths.max()} of {len(drawn):,} drawn",
         "", "a training prompt, each item ⟨marked⟩ with its index k", "-" * 80,
-        show_prompt(tokenizer, first), "-" * 80])
+        show_sequence(tokenizer, train_set, 0), "-" * 80])
 
 
 def look(given: dict) -> None:

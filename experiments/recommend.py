@@ -13,34 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from cetrec import open_model
-from data import DOMAINS
 from experiments.titles import resolve_titles, side_by_side
 from support.checkpoints import HUB_NAME, find_checkpoint
 from support.files import read_object
 from support.options import Options, add_flags, parse
-from support.runs import open_data, read_run
+from support.runs import open_data, read_catalogue, read_run
 from support.terminal import Parser, exit_status
 from support.trie import ExactTitles
 
 FLAGS = {"data", "data_dir", "domain", "sample", "chronological", "skip_bad_lines",
-         "order_strength", "seed", "model", "temporal", "sinpe_scale", "exclude_history", "device",
-         "dtype"}
-
-
-def read_catalogue(folder: Path) -> tuple[str, list[str]]:
-    """(domain, titles) of a run's items."""
-    path = folder / "catalogue.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; python cetrec.py --eval-only {folder} writes "
-                                "it")
-    try:
-        catalogue = read_object(path)
-        domain, titles = catalogue["domain"], catalogue["titles"]
-        if domain in DOMAINS and titles and all(type(title) is str for title in titles):
-            return domain, titles
-        raise ValueError(f"{path}: not a run's catalogue; its domain or its titles are none")
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a run's catalogue ({error!r})") from None
+         "order_strength", "clock", "seed", "model", "temporal", "sinpe_scale", "exclude_history",
+         "device", "dtype"}
 
 
 def tuned_with(folder: Path) -> dict:

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from evaluate import METRICS, format_table, mean_and_error, summarise
 from experiments import figures
 from support.files import read_object
+from support.runs import read_catalogue
 from support.terminal import Parser, exit_status
 
 # ----------------------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ class Run:
                 raise ValueError(f"not of the same evaluation as {source.name} beside it")
             return load_file(path)
         arrays = read(folder / f"{prefix}evaluation.safetensors", arrays_of_record, anew)
-        titles = read(folder / "catalogue.json", read_titles, anew)
+        titles = read(folder / "catalogue.json", lambda path: read_catalogue(path.parent)[1], anew)
         log = []
         if (folder / "log.jsonl").is_file():
             log = read(folder / "log.jsonl", lambda path: [
@@ -100,14 +101,6 @@ def read(path: Path, parse: Callable, otherwise: str):
     except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{path}: damaged, or of another version of this program ({error!r}); "
                          f"{otherwise}") from None
-
-
-def read_titles(path: Path) -> list[str]:
-    """The titles in a catalogue.json."""
-    titles = read_object(path)["titles"]
-    if type(titles) is not list or not all(type(title) is str for title in titles):
-        raise ValueError("its titles are none")
-    return titles
 
 
 def read_record(path: Path) -> dict:

@@ -54,7 +54,7 @@ def checksum(arrays: dict[str, np.ndarray], notes: dict[str, str]) -> str:
 class Journal:
     """Keeps account of tuning: a moving line, log.jsonl, and checkpoints to go on from.
 
-        with Journal(folder, optimizer, rng, total, lambda_ct) as journal:
+        with Journal(folder, optimizer, rng, total, lambda_ct, tokenizer) as journal:
             while journal.goes_on():
                 for batch in journal.epoch(lambda: batches(...)):
                     ... one step ...
@@ -66,8 +66,9 @@ class Journal:
     every minute. The log may be ahead of it, and is cut back to where the checkpoint was. Only one
     process at a time keeps the journal of a folder; another one is refused with a ValueError.
 
-    Losses stay on the device until the log is written, once a second, so that a GPU works on.
-    tokenizer: for the message that names the batch in which a step failed.
+    A step waits for the device once, for its gradient's norm (cetrec.tuning_step). The losses stay
+    there until the log is written, once a second. The tokenizer is for the message that names the
+    sequences of a step that failed; `what` names the work on the moving line.
     """
 
     def __init__(self, folder: Path, optimizer: torch.optim.Optimizer, rng: np.random.Generator,
@@ -226,6 +227,9 @@ class Journal:
         """Write checkpoint.safetensors: factors, moments, the best epoch's factors, random states,
         what is done. The log that it goes with is on the disk before it."""
         self._flush()
+        self.saved = time.perf_counter()
+        if rank():
+            return
         os.fsync(self.log.fileno())
         tensors = {f"best/{i}": x for i, x in enumerate(self.best)}
         tensors["random/cpu"] = torch.get_rng_state()
@@ -242,7 +246,6 @@ class Journal:
         notes = {"sampling": json.dumps(self.sampling), "done": json.dumps(done)}
         save_arrays(arrays, self.folder / "checkpoint.safetensors",
                     notes | {"sha256": checksum(arrays, notes)})
-        self.saved = time.perf_counter()
 
     def _load(self) -> int:
         """Put everything where it was. Returns the length of the log then. Raises ValueError for a

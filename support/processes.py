@@ -98,17 +98,22 @@ def my_parts(batch: Batch, rows: int) -> list[tuple[Batch, float]]:
     return list(zip(parts + parts[:1] * spare, shares + [0.0] * spare))[rank()::N]
 
 
+def check_shardable() -> None:
+    """Raise ValueError where torchrun has not started the processes that would share weights."""
+    if not dist.is_initialized():
+        raise ValueError("--shard wants several processes; start them with torchrun "
+                         "--nproc_per_node N cetrec.py ...")
+
+
 def shard(model: nn.Module, device: torch.device) -> None:
     """Let each process keep 1/N of the frozen weights of every block, by PyTorch's FSDP2.
 
     A block's weights are gathered when it runs, forward and backward, and dropped again. Factors,
     embeddings and norm stay whole in every process. Gathering is an act of all processes together.
     So from now on all must run the same blocks equally often, and users are not dealt out. Raises
-    ValueError where torchrun has not started the processes.
+    ValueError as check_shardable does.
     """
-    if not dist.is_initialized():
-        raise ValueError("--shard wants several processes; start them with torchrun "
-                         "--nproc_per_node N cetrec.py ...")
+    check_shardable()
     from torch.distributed.fsdp import fully_shard      # this takes a second; few want it
 
     # Keys and values that a block returns are views, which nothing changes in place.

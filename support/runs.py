@@ -29,7 +29,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file
 
-from data import Batch, Sequences, make_sequences, split_by_time
+from data import DOMAINS, Batch, Sequences, make_sequences, split_by_time
 from evaluate import format_table
 from llama import LlamaConfig
 from lora import load_lora, save_lora
@@ -37,7 +37,7 @@ from support.checkpoints import find_checkpoint
 from support.datasets import TABLE_2, counts, load_interactions, prepare
 from support.files import read_object, save_arrays, write_json
 from support.options import EVALUATION, Options, as_flag
-from support.processes import agreed, first_process_first, processes, rank
+from support.processes import agreed, check_shardable, first_process_first, processes, rank
 from support.synthetic import SyntheticWorld
 
 # ----------------------------------------------------------------------------------------------
@@ -168,6 +168,22 @@ def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Opti
     return options, base
 
 
+def read_catalogue(folder: Path) -> tuple[str, list[str]]:
+    """(domain, titles) of a run's items."""
+    path = folder / "catalogue.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; python cetrec.py --eval-only {folder} writes "
+                                "it")
+    try:
+        catalogue = read_object(path)
+        domain, titles = catalogue["domain"], catalogue["titles"]
+        if domain in DOMAINS and titles and all(type(title) is str for title in titles):
+            return domain, titles
+        raise ValueError(f"{path}: not a run's catalogue; its domain or its titles are none")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a run's catalogue ({error!r})") from None
+
+
 def check_same(folder: Path, record: dict) -> None:
     """Raise ValueError if data or base are not what they were when the run in the folder began.
 
@@ -265,6 +281,8 @@ def choose_device(options: Options) -> tuple[torch.device, torch.dtype | None]:
     if options.compile and kind == "cpu" and not shutil.which(compiler):
         raise ValueError(f"--compile wants a C++ compiler on CPUs, and there is no {compiler}; "
                          "install it, name another one in the variable CXX, or drop --compile")
+    if options.shard:
+        check_shardable()
     name = options.dtype
     if name == "auto" and kind == "cuda":
         name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
@@ -319,6 +337,9 @@ def save_adapter(model, folder: Path, base: str | None = None) -> None:
         for part in folder.glob("adapter_*.part"):
             part.unlink()
         raise
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        with open(folder / name, "rb") as file:         # on the disk before what vouches for it
+            os.fsync(file.fileno())
     if parts := parts_round_the_base(model):
         save_arrays({name: p.numpy(force=True) for name, p in parts.items()},
                     folder / "parts.safetensors")
