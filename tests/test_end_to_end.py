@@ -208,7 +208,8 @@ def test_a_run_is_reproduced_and_compared(copied, capsys, tmp_path):
     assert told.endswith("the largest difference is 0.25, of HR@5 at popularity")
 
 
-def test_what_cannot_be_reproduced_is_refused_before_tuning(copied, capsys):
+def test_what_cannot_be_reproduced_is_refused_before_a_base_is_made(copied, capsys, monkeypatch):
+    monkeypatch.setattr(cetrec, "tiny_base", lambda *_: pytest.fail("a base is made"))
     run = read_json(copied / "run.json")
     write_json(copied / "run.json", run | {"counts": run["counts"] | {"train": 65}})
     assert main(["--reproduce", str(copied)]) == 2
@@ -220,6 +221,16 @@ def test_what_cannot_be_reproduced_is_refused_before_tuning(copied, capsys):
     assert "--reproduce takes data, base and tuning from the run" in capsys.readouterr().err
     assert main(["--reproduce", str(copied), "--resume", str(copied)]) == 2
     assert "--resume and --reproduce: one at a time" in capsys.readouterr().err
+
+
+def test_what_a_run_cannot_do_is_refused_before_it_has_a_folder(tmp_path, capsys, monkeypatch):
+    """Shards without torchrun; and a tokenizer that cannot keep beams on titles."""
+    assert main([*ONE_STEP, "--out", str(tmp_path), "--shard"]) == 2
+    assert "error: --shard wants several processes" in capsys.readouterr().err
+    monkeypatch.setattr("support.trie.Trie.__init__", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main([*ONE_STEP, "--out", str(tmp_path)])
+    assert not list(tmp_path.glob("synthetic-*"))
 
 
 def test_three_kinds_of_lists_in_a_table_of_100_columns_with_what_to_do_next(finished, capsys):
