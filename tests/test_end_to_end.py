@@ -227,6 +227,7 @@ def test_what_a_run_cannot_do_is_refused_before_it_has_a_folder(tmp_path, capsys
     """Shards without torchrun; and a tokenizer that cannot keep beams on titles."""
     assert main([*ONE_STEP, "--out", str(tmp_path), "--shard"]) == 2
     assert "error: --shard wants several processes" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())                         # not even a base
     monkeypatch.setattr("support.trie.Trie.__init__", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main([*ONE_STEP, "--out", str(tmp_path)])
