@@ -135,6 +135,51 @@ def order_bars(runs: Sequence):
     return fig
 
 
+def change_bars(rates: dict[str, np.ndarray], made: str):
+    """Fig. 4: by how much each metric changes when the test histories are reversed.
+
+    rates: row of the table -> (seeds, 4) in per cent; made: the lists' name.
+    """
+    fig, place = _figure(1.6 + 1.8 * len(METRICS), 3.8), np.arange(len(METRICS))
+    ax, width = fig.subplots(), 0.84 / len(rates)
+    hatches, shades = ("", "//", "..", "\\\\", "xx"), (DARK, MIDDLE, LIGHT, "0.75", "0.45")
+    for i, (name, values) in enumerate(rates.items()):
+        ax.bar(place + (i - (len(rates) - 1) / 2) * width, values.mean(axis=0), 0.92 * width,
+               yerr=values.std(axis=0, ddof=1) if len(values) > 1 else None, label=name,
+               color=shades[i % 5], hatch=hatches[i % 5], edgecolor="white", linewidth=0,
+               error_kw={"elinewidth": 1, "capsize": 2})
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_xticks(place, METRICS)
+    ax.set_ylabel("change under reversal, %")
+    ax.set_title(made, fontsize=10)
+    ax.legend(frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    _bare(ax)
+    return fig
+
+
+def entropy_curves(worlds: dict[str, list[dict]], vocabulary: int):
+    """How much the erased world leaves open about the next token while tuning, for each reading.
+
+    worlds: reading -> what experiments.readings noted at each step; None if there is nothing.
+    """
+    if not worlds:
+        return None
+    fig, panels = _panels(len(worlds), 4, 2.9, 2.8)
+    for ax, (name, notes) in zip(panels, worlds.items()):
+        done = np.arange(1, len(notes) + 1) / len(notes)
+        for world, colour, style in (("factual", DARK, "-"), ("erased", MIDDLE, "--")):
+            ax.plot(done, [note[world] for note in notes], style, color=colour, linewidth=1.4,
+                    label=f"{world} world")
+        ax.axhline(math.log(vocabulary), color="0.4", linewidth=1, linestyle=":",
+                   label="ln V: nothing is known")
+        ax.set_title(name, fontsize=9)
+        _bare(ax)
+    panels[0].legend(frameon=False, fontsize=8)
+    fig.supxlabel("share of tuning done", fontsize=10)
+    fig.supylabel("entropy of the next token, nats", fontsize=10)
+    return fig
+
+
 def lambda_curve(runs: Sequence):
     """HR@5 and HR@10 against λ, a line for each temporal embedding; None for fewer than two λ.
 

@@ -44,19 +44,27 @@ SHARED = {"data", "data_dir", "domain", "sample", "chronological", "skip_bad_lin
 class IdModel(nn.Module):
     """What the three share: a table of item embeddings below, a linear map to all items above.
 
-    The two tables are not tied. Row N of the lower one belongs to the pads that stand behind a
-    history of fewer than L items.
+    Row N of the lower table belongs to the pads that stand behind a history of fewer than L items.
+    In the lineage the map has a table of its own. Where the two are *tied*, an item's score is the
+    state times its embedding, so the embedding learns from answers, too.
     """
 
-    def __init__(self, items: int, width: int, state: int):
+    def __init__(self, items: int, width: int, state: int, tied: bool = False):
         super().__init__()
         self.embedding = nn.Embedding(items + 1, width)
         nn.init.normal_(self.embedding.weight, std=0.01)
         self.head = nn.Linear(state, items)
+        if tied:
+            self.head.weight = None
+
+    @property
+    def table(self) -> Tensor:
+        """What a state is multiplied with.  -> (N, d)"""
+        return self.embedding.weight[:-1] if self.head.weight is None else self.head.weight
 
     def scores(self, items: Tensor, lengths: Tensor) -> Tensor:
         """(B, L), (B,) -> (B, N)"""
-        return self.head(self(items, lengths))
+        return F.linear(self(items, lengths), self.table, self.head.bias)
 
 
 class GRU4Rec(IdModel):
@@ -68,8 +76,8 @@ class GRU4Rec(IdModel):
     sessions side by side, with the other answers of the batch as negatives.
     """
 
-    def __init__(self, items: int, width: int = 64, places: int = L):
-        super().__init__(items, width, width)
+    def __init__(self, items: int, width: int = 64, places: int = L, tied: bool = False):
+        super().__init__(items, width, width, tied)
         self.gru = nn.GRU(width, width, batch_first=True)
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
@@ -115,11 +123,12 @@ class SASRec(IdModel):
 
     As in the original code, keys and values are of the rows before the norm, the residual is the
     row after it, and there is no output map behind the attention. The original has two blocks, ties
-    the tables and trains at every place of a history; here the answer alone is trained.
+    the tables (--tied) and trains at every place of a history; here the answer alone is trained.
     """
 
-    def __init__(self, items: int, width: int = 64, places: int = L, dropout: float = 0.1):
-        super().__init__(items, width, width)
+    def __init__(self, items: int, width: int = 64, places: int = L, dropout: float = 0.1,
+                 tied: bool = False):
+        super().__init__(items, width, width, tied)
         self.places, self.dropout = nn.Embedding(places, width), dropout
         self.query, self.key, self.value, self.inner, self.outer = (
             nn.Linear(width, width) for _ in range(5))
@@ -173,9 +182,9 @@ def id_loss(kind: str, model: IdModel, state: Tensor, targets: Tensor) -> Tensor
     ce      -log softmax(scores)            no negatives: the whole catalogue
     """
     if kind == "ce":
-        return F.cross_entropy(model.head(state), targets)
+        return F.cross_entropy(F.linear(state, model.table, model.head.bias), targets)
     pair = torch.stack((targets, draw_negatives(targets, model.head.out_features)))
-    s, other = (state * model.head.weight[pair]).sum(-1) + model.head.bias[pair]    # (2, B)
+    s, other = (state * model.table[pair]).sum(-1) + model.head.bias[pair]          # (2, B)
     if kind == "bpr":
         return -F.logsigmoid(s - other).mean()
     return 0.5 * (F.softplus(-s) + F.softplus(other)).mean()
@@ -193,6 +202,8 @@ class Recipe:
     loss: str = flag("baseline", "binary cross-entropy or pairwise ranking against one drawn "
                      "negative, or cross-entropy over the whole catalogue", "bce",
                      choices=["bce", "bpr", "ce"])
+    tied: bool = flag("baseline", "score items with their own embeddings instead of a second "
+                      "table; not for caser, whose state is wider", False)
     width: int = flag("baseline", "d of embeddings and states", 64, low=1, metavar="D")
     lr: float = flag("baseline", "rate of Adam, with an L2 penalty of 1e-6", 1e-3, low=0,
                      metavar="X")
@@ -204,6 +215,14 @@ class Recipe:
 
     def __post_init__(self):
         check_values(self)
+        if self.tied and self.method == "caser":
+            raise ValueError("--tied does not go with caser, whose state is wider than an "
+                             "embedding; drop it")
+
+    def model(self, items: int) -> IdModel:
+        """The model, at its first values."""
+        tied = {"tied": True} if self.tied else {}
+        return MODELS[self.method](items, self.width, **tied)
 
 
 def padded(histories, items: int) -> tuple[Tensor, Tensor]:
@@ -224,7 +243,7 @@ class ItemScores:
     @torch.inference_mode()
     def __call__(self, histories, ages=None, progress: str = "") -> Lists:
         """Item ids, oldest first, of each history -> ten items for each."""
-        out, device = Lists.empty(len(histories)), self.model.head.weight.device
+        out, device = Lists.empty(len(histories)), self.model.head.bias.device
         for start in range(0, len(histories), 1_000):           # which bounds the memory
             part = histories[start:start + 1_000]
             scores = self.model.scores(*(x.to(device) for x in padded(
@@ -250,7 +269,7 @@ def fit(model: IdModel, train_set: Sequences, valid_set: Sequences, recipe: Reci
     Returns what is to be recorded. Drawing depends on the seed only.
     """
     torch.manual_seed(seed)
-    rng, device, N = np.random.default_rng(seed), model.head.weight.device, len(train_set.titles)
+    rng, device, N = np.random.default_rng(seed), model.head.bias.device, len(train_set.titles)
     items, lengths = (x.to(device) for x in padded(
         [train_set.history(i) for i in range(len(train_set))], N))
     answers = torch.from_numpy(train_set.items[train_set.targets]).to(device)
@@ -297,7 +316,7 @@ def run(options: Options, recipe: Recipe, out: Path) -> None:
     device, _ = choose_device(options)
     (train_set, valid_set, test_set), world, record = open_data(options)
     torch.manual_seed(options.seed)
-    model = MODELS[recipe.method](len(train_set.titles), recipe.width).to(device)
+    model = recipe.model(len(train_set.titles)).to(device)
     print(f"{recipe.method} | {sum(p.numel() for p in model.parameters()):,} parameters | loss "
           f"{recipe.loss} | at most {recipe.epochs} epochs of {len(train_set):,} sequences")
     folder = new_folder(out, f"{Path(options.data).resolve().name}-{recipe.method}")

@@ -32,6 +32,7 @@ class Run:
     """A run with its latest evaluation, which is its own or that of --eval-only."""
 
     name: str
+    folder: Path
     source: str                     # run.json or eval.json
     record: dict                    # what is in it
     log: list[dict]                 # a line for each step
@@ -62,7 +63,7 @@ class Run:
             log = read(folder / "log.jsonl", lambda path: [
                 dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()],
                 "without the file there is a report without curves")
-        return cls(folder.resolve().name, source.name, record, log, arrays, titles)
+        return cls(folder.resolve().name, folder, source.name, record, log, arrays, titles)
 
     @property
     def options(self) -> dict:

@@ -3,14 +3,13 @@
     python -m experiments.table3 --data ml-100k --seeds 0 1 2
 
 A cell is a system with a seed, and is one run of cetrec.py, of experiments.llm_baselines or of
-experiments.id_baselines. Cells are kept in cells.json below --out, and those that are there are not
-run again. With the first seed each system is trained at a third, at once and at three times its
-default learning rate. The rate that is best on its own validation, where the test split is not
-looked at, is the one it gets.
+experiments.id_baselines; cells that are there are not made again (experiments/cells.py). With the
+first seed each system is trained at a third, at once and at three times its default learning rate.
+The rate that is best on its own validation, where the test split is not looked at, is the one it
+gets.
 """
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +18,9 @@ import numpy as np
 import cetrec
 from evaluate import METRICS
 from experiments import id_baselines, llm_baselines
-from support.files import read_object, write_json
+from experiments.cells import Cells
+from support.files import read_object
 from support.options import Options, Where, add_flags, as_flag, defaults, parse
-from support.runs import check_writable
 from support.terminal import Parser, exit_status
 
 ID, LLM = id_baselines.main, llm_baselines.main
@@ -43,50 +42,27 @@ SHARED = {"data", "data_dir", "sample", "model", "eval_sequences", "device", "ou
 FLOORS = ("popularity", "co-occurrence, newest item", "co-occurrence, whole history")
 
 
-class Cells:
-    """Runs below a folder, by the command lines that made them."""
+def record(cells: Cells, name: str, seed: int, lr: float, given: dict) -> dict:
+    """run.json of a system's run."""
+    command, own = SYSTEMS[name]
+    flags = own + [x for key, value in (given | {"seed": seed}).items()
+                   if command is not ID or key != "model" for x in (as_flag(key), str(value))]
+    return read_object(cells.folder(command, [*flags, "--lr", f"{lr:.2g}"]) / "run.json")
 
-    def __init__(self, out: Path, given: dict):
-        self.out, self.given, self.index = out, given, out / "cells.json"
-        self.folders = read_object(self.index) if self.index.is_file() else {}
 
-    def record(self, name: str, seed: int, lr: float) -> dict:
-        """run.json of a system's run, which is made now if it is not there.
-
-        Raises ValueError for a run that fails, and KeyboardInterrupt for one that is interrupted.
-        """
-        command, own = SYSTEMS[name]
-        flags = own + [x for key, value in (self.given | {"seed": seed}).items()
-                       if command is not ID or key != "model" for x in (as_flag(key), str(value))]
-        flags += ["--lr", f"{lr:.2g}"]
-        line = " ".join([command.__module__, *flags])
-        path = self.out / self.folders.get(line, "none") / "run.json"
-        if path.is_file():
-            return read_object(path)
-        before = set(self.out.iterdir())
-        status = command([*flags, "--out", str(self.out)])
-        if status == 130:
-            raise KeyboardInterrupt("the same command goes on with this cell")
-        if status:
-            raise ValueError(f"this cell failed, see above: {line}")
-        made, = (p for p in set(self.out.iterdir()) - before if (p / "run.json").is_file())
-        self.folders[line] = made.name
-        write_json(self.index, self.folders)
-        return read_object(made / "run.json")
-
-    def best_rate(self, name: str, seed: int) -> float:
-        """Of the default learning rate, a third and three times as much, the best on validation:
-        by NDCG@10 for the ID models, by the loss of the answers for the others."""
-        command, own = SYSTEMS[name]
-        chosen = {key: self.given[key] for key in self.given.keys() & {"data", "model"}}
-        rate = (defaults(id_baselines.Recipe, own[1])["lr"] if command is ID else
-                Options.from_flags(chosen).lr)
-        errors = {}
-        for lr in (rate, rate / 3, 3 * rate):
-            tuning = self.record(name, seed, lr)["tuning"]
-            errors[lr] = (-max(tuning["validation_ndcg10"]) if command is ID else
-                          min(tuning["validation_ta"]))
-        return min(errors, key=errors.get)
+def best_rate(cells: Cells, name: str, seed: int, given: dict) -> float:
+    """Of the default learning rate, a third and three times as much, the best on validation: by
+    NDCG@10 for the ID models, by the loss of the answers for the others."""
+    command, own = SYSTEMS[name]
+    chosen = {key: given[key] for key in given.keys() & {"data", "model"}}
+    rate = (defaults(id_baselines.Recipe, own[1])["lr"] if command is ID else
+            Options.from_flags(chosen).lr)
+    errors = {}
+    for lr in (rate, rate / 3, 3 * rate):
+        tuning = record(cells, name, seed, lr, given)["tuning"]
+        errors[lr] = (-max(tuning["validation_ndcg10"]) if command is ID else
+                      min(tuning["validation_ta"]))
+    return min(errors, key=errors.get)
 
 
 def lines_of(name: str, records: list[dict], rate: float) -> list[str]:
@@ -107,17 +83,14 @@ def lines_of(name: str, records: list[dict], rate: float) -> list[str]:
 
 def table(systems: list[str], seeds: list[int], given: dict, out: Path) -> list[str]:
     """Run what is not there, and give the table as lines of Markdown."""
-    cells, started = Cells(out, given), time.perf_counter()
+    cells = Cells(out, len(systems) * (3 + len(seeds)))
     lines, records = [
         f"| system | list | {' | '.join(METRICS)} | NDCG@10 reversed | rate | minutes |",
         "|---|---|" + "---|" * (len(METRICS) + 3)], []
-    for done, name in enumerate(systems, start=1):
-        rate = cells.best_rate(name, seeds[0])
-        records = [cells.record(name, seed, rate) for seed in seeds]
+    for name in systems:
+        rate = best_rate(cells, name, seeds[0], given)
+        records = [record(cells, name, seed, rate, given) for seed in seeds]
         lines += lines_of(name, records, rate)
-        minutes = (time.perf_counter() - started) / 60
-        print(f"system {done}/{len(systems)} | {name} | {minutes:.0f} min so far, about "
-              f"{minutes / done * (len(systems) - done):.0f} left", flush=True)
     for floor in FLOORS:
         means = [np.mean([record["rows"][floor][m][0] for record in records]) for m in METRICS]
         lines.append(f"| {floor} | | " + " | ".join(f"{x:.4f}" for x in means) + " | | | |")
@@ -139,7 +112,6 @@ def main(argv: list[str] | None = None) -> int:
         """All cells, then the table."""
         systems, seeds = given.pop("systems"), given.pop("seeds")
         out = Path(given.pop("out", "runs")) / "table3"
-        check_writable(out)
         text = "\n".join(table(systems, seeds, given, out)) + "\n"
         (out / "table3.md").write_text(text, encoding="utf-8")
         print(f"{text}written {out / 'table3.md'}")

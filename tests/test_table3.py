@@ -67,8 +67,8 @@ def test_a_cell_that_fails_or_is_interrupted_ends_the_table_and_is_not_kept(tmp_
     for status, wanted, message in ((2, 2, "this cell failed"), (130, 130, "goes on with this")):
         monkeypatch.setattr(table3, "SYSTEMS", {"SASRec": (lambda flags, s=status: s, [])})
         monkeypatch.setattr(table3, "ID", table3.SYSTEMS["SASRec"][0])
-        monkeypatch.setattr(table3.Cells, "best_rate", lambda self, name, seed: self.record(
-            name, seed, 0.1))
+        monkeypatch.setattr(table3, "best_rate", lambda cells, name, seed, given: table3.record(
+            cells, name, seed, 0.1, given))
         assert table3.main(["--systems", "SASRec", "--out", str(tmp_path)]) == wanted
         assert message in capsys.readouterr().err
         assert not (tmp_path / "table3" / "cells.json").exists()

@@ -1,0 +1,347 @@
+"""The paper's tables and figures, each by one command, and three questions it does not ask.
+
+    python -m experiments.reproduce TABLE4 --data ml-100k --seeds 0 1 2
+    python -m experiments.reproduce WORLD --seeds 0 1 2 3 4
+    python -m experiments.reproduce READINGS --recorded      the table of the kept records, at once
+    python -m experiments.reproduce READINGS --verify        run its quick cells again, and compare
+
+TABLE4    what temporal embeddings and counterfactual tuning add (Table 4)
+FIGURE4   by how much the metrics change when test histories are reversed (Fig. 4)
+FIGURE5   one user's lists with and without temporal embeddings, also for the reversed history
+LAMBDA    the weight λ of L_CT (Eq. 10)
+READINGS  every other reading of the paper that docs/readings.md names
+WORLD     synthetic worlds in which order counts, or time, and what the best recommenders reach
+
+A cell is one run of cetrec.py or of experiments.readings with one seed; cells that are there are
+not made again (experiments/cells.py). At the end TARGET-DATA.md and TARGET-DATA.json are written
+below --out: the tables, and what is in run.json of the cells. Records of that kind are kept in
+experiments/results.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+import cetrec
+from evaluate import METRICS
+from experiments import figures, readings
+from experiments.cells import Cells
+from experiments.report import Run, common_sequences, paired_bootstrap
+from support.files import read_object, write_json, write_whole
+from support.options import Options, Where, add_flags, as_flag, parse
+from support.terminal import Parser, exit_status
+
+RESULTS = Path(__file__).parent / "results"
+SHARED = {"data", "data_dir", "sample", "model", "chronological", "limit_train", "max_steps",
+          "eval_sequences", "device", "out"}
+BEYOND = ("best, clock-aware", "best, order-aware", "best, order-blind",
+          "co-occurrence, newest item", "co-occurrence, whole history", "popularity")
+
+# ----------------------------------------------------------------------------------------------
+# What is run. A section is a table: its title, and the flags of each of its rows. The first row is
+# the one that the others are compared with.
+
+Section = tuple[str, dict[str, list[str]]]
+
+
+def tuned(kind: str, lambda_ct: str, *more: str) -> list[str]:
+    """Flags of a run with a temporal embedding."""
+    return ["--temporal", kind, "--lambda-ct", lambda_ct, *more]
+
+
+PLAIN = ["--temporal", "none"]
+ABLATION = {"w.o. Both": PLAIN,
+            "w.o. CT, SinPE": tuned("sinpe", "0"), "CETRec-SinPE": tuned("sinpe", "0.1"),
+            "w.o. CT, RoPE": tuned("rope", "0"), "CETRec-RoPE": tuned("rope", "0.1")}
+STATED = tuned("rope", "0.1")
+OTHER_READINGS = {
+    "as stated": STATED,
+    "D1: k counts from the oldest": ["--reading", "chronological", *STATED],
+    "D1: erased to the oldest": ["--reading", "erase-to-oldest", *STATED],
+    "D2: inside attention": tuned("rope-attention", "0.1"),
+    "D3: erased world is a given": ["--reading", "stopped", *STATED],
+    "D3: probabilities": ["--reading", "probabilities", *STATED],
+    "D7: best beam alone": [*STATED, "--ground-list", "single"],
+    "D8: SinPE as it is": tuned("sinpe", "0.1"),
+    "D8: SinPE, scale 0.1": tuned("sinpe", "0.1", "--sinpe-scale", "0.1"),
+    "D8: SinPE, scale 0.01": tuned("sinpe", "0.1", "--sinpe-scale", "0.01"),
+    "D10: length penalty 1": [*STATED, "--length-penalty", "1"],
+    "D11: grounded by the base": [*STATED, "--ground-with", "base"],
+    "D13: history kept": [*STATED, "--no-exclude-history"],
+    "erased by permuting k": ["--reading", "permuted", *STATED],
+    "text shuffled": ["--reading", "shuffled-text", *STATED],
+    "text shuffled, k permuted": ["--reading", "shuffled-text-permuted", *STATED]}
+
+
+def world_sections() -> Iterable[Section]:
+    """Worlds by what counts in them: nothing but the set, order, or order and time."""
+    def rows(kinds: Iterable[str], indices: Iterable[str], more: list[str]) -> dict:
+        made = {"w.o. Both": [*PLAIN, *more]}
+        for kind in kinds:
+            for index in indices:
+                by = ["--index", index, *more]
+                made |= {f"w.o. CT, {kind}, {index}": tuned(kind, "0", *by),
+                         f"CETRec, {kind}, {index}": tuned(kind, "0.1", *by)}
+        return made
+    titles, both = ["--lists", "titles"], ("order", "time")
+    everything = ("rope", "rope-attention", "sinpe")
+    yield "Order and time count nothing (s = 0)", rows(
+        ["rope"], both, [*titles, "--order-strength", "0"])
+    yield "Order counts, time does not (s = 1, c = 0)", rows(["rope"], both, titles)
+    for clock, kinds in (("0.5", ["rope"]), ("1", everything)):
+        yield f"Time counts (s = 1, c = {clock})", rows(kinds, both, [*titles, "--clock", clock])
+    yield "Time counts (s = 1, c = 1), 2,000 training sequences", rows(
+        everything, both, [*titles, "--clock", "1", "--limit-train", "2000"])
+
+
+TARGETS: dict[str, Callable[[], Iterable[Section]]] = {
+    "TABLE4": lambda: [("Table 4", ABLATION)],
+    "FIGURE4": lambda: [("Figure 4", ABLATION)],
+    "FIGURE5": lambda: [("Figure 5", {"w.o. Both": PLAIN, "CETRec-RoPE": STATED})],
+    "LAMBDA": lambda: [("λ", {f"λ = {x}": tuned("rope", x) for x in (
+        "0", "0.01", "0.1", "0.5", "1", "10")})],
+    "READINGS": lambda: [("Readings", OTHER_READINGS)],
+    "WORLD": world_sections}
+
+
+# ----------------------------------------------------------------------------------------------
+# From cells to tables. A cell's record is run.json, less what no table needs
+
+Records = dict[str, list[dict]]         # row of a section -> its record for each seed
+
+
+def short(record: dict) -> dict:
+    """What is kept of run.json, to five decimals."""
+    rows = {row: {metric: [round(x, 5) for x in pair] for metric, pair in scores.items()}
+            for row, scores in record["rows"].items()}
+    kept = {key: record[key] for key in ("protocol", "counts", "versions")}
+    effect = {"effect": [round(x, 4) for x in record["effect"]]} if "effect" in record else {}
+    tuning = record["tuning"]
+    return kept | effect | {"rows": rows, "seed": record["options"]["seed"],
+                            "validation_ta": [round(x, 4) for x in tuning["validation_ta"]],
+                            "seconds": round(tuning["seconds"], 1)}
+
+
+def spread(values, form: str = ".4f") -> str:
+    """Mean ± standard deviation, where there are several."""
+    sign = f" ± {np.std(values, ddof=1):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{sign}"
+
+
+def table(records: Records) -> list[str]:
+    """What the lists of each row are worth, and where the best and the simplest stand."""
+    lines = [f"| | list | {' | '.join(METRICS)} | NDCG@10 reversed, % | effect, nats | "
+             "validation L_TA |", "|---|---|" + "---|" * (len(METRICS) + 3)]
+    for name, of_seeds in records.items():
+        effect = (spread([r["effect"][0] for r in of_seeds], "+.2f") if "effect" in of_seeds[0]
+                  else "")
+        loss = spread([min(r["validation_ta"]) for r in of_seeds])
+        for made in lists_of(of_seeds[0]):
+            cells = [spread([r["rows"][made][m][0] for r in of_seeds]) for m in METRICS]
+            change = spread([r["rows"][f"{made} | change, reversed"]["NDCG@10"][0]
+                             for r in of_seeds], "+.1f")
+            lines.append(f"| {name} | {made} | {' | '.join(cells)} | {change} | {effect} | "
+                         f"{loss} |")
+    of_seeds = next(iter(records.values()))
+    for name in BEYOND:
+        if name in of_seeds[0]["rows"]:
+            cells = [spread([r["rows"][name][m][0] for r in of_seeds]) for m in METRICS]
+            lines.append(f"| {name} | | {' | '.join(cells)} | | | |")
+    return lines
+
+
+def lists_of(record: dict) -> list[str]:
+    """The lists that a run made, by the names of their rows."""
+    return [row.partition(" | ")[0] for row in record["rows"] if " | change, reversed" in row]
+
+
+def changes(records: Records) -> list[str]:
+    """Fig. 4: by how much each metric changes under reversal, in per cent."""
+    lines = [f"| | list | {' | '.join(METRICS)} |", "|---|---|" + "---|" * len(METRICS)]
+    for name, of_seeds in records.items():
+        for made in lists_of(of_seeds[0]):
+            cells = [spread([r["rows"][f"{made} | change, reversed"][m][0] for r in of_seeds],
+                            "+.1f") for m in METRICS]
+            lines.append(f"| {name} | {made} | {' | '.join(cells)} |")
+    return lines
+
+
+def compared(runs: dict[str, list[Run]]) -> list[str]:
+    """Each row minus the first, list by list, on the same test sequences of all seeds together."""
+    (first, base), *others = runs.items()
+    lines = [f"| minus {first} | list | {' | '.join(METRICS)} |",
+             "|---|---|" + "---|" * len(METRICS)]
+    for name, of_seeds in others:
+        for kind, made in of_seeds[0].kinds.items():
+            pairs = []
+            for one, other in zip(base, of_seeds):
+                here, there = common_sequences(one, other)
+                pairs.append((one.arrays[f"values/{one.kinds[kind]}/original"][here],
+                              other.arrays[f"values/{other.kinds[kind]}/original"][there]))
+            gains = paired_bootstrap(*(np.concatenate(values) for values in zip(*pairs)))
+            cells = [f"{d:+.4f} [{low:+.4f}, {high:+.4f}]" for d, low, high in gains.values()]
+            lines.append(f"| {name} | {made} | {' | '.join(cells)} |")
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------
+# Figures, for which matplotlib is wanted
+
+
+def drawings(target: str, runs: dict[str, list[Run]]) -> dict[str, object]:
+    """File name -> figure. Where a figure shows single runs, they are those of the first seed."""
+    if not figures.figures_available():
+        print(figures.NO_MATPLOTLIB)
+        return {}
+    first = [of_seeds[0] for of_seeds in runs.values()]
+    if target == "FIGURE4":
+        rates = {name: np.array([[run.record["rows"][f"{run.lists[0]} | change, reversed"][m][0]
+                                  for m in METRICS] for run in of_seeds])
+                 for name, of_seeds in runs.items()}
+        return {target: figures.change_bars(rates, first[0].lists[0])}
+    if target == "FIGURE5":
+        return {target: figures.case_study(first, telling_user(*first))}
+    if target == "LAMBDA":
+        return {target: figures.lambda_curve([run for of_seeds in runs.values()
+                                              for run in of_seeds])}
+    if target == "READINGS":
+        worlds = {name: read_object(run.folder / "worlds.json")["notes"]
+                  for name, run in zip(runs, first) if (run.folder / "worlds.json").is_file()}
+        return {target: figures.entropy_curves(worlds, first[0].record["vocabulary"])}
+    return {}
+
+
+def telling_user(plain: Run, temporal: Run) -> int:
+    """The first test sequence whose answer the second run lists as long as the history is in
+    order, while the first run does not list it; else the first of all."""
+    name, answers = temporal.lists[0], temporal.arrays["target"][:, None]
+    found, lost = ((temporal.arrays[f"lists/{name}/{order}"] == answers).any(axis=1)
+                   for order in ("original", "reversed"))
+    missed = (plain.arrays[f"lists/{plain.lists[0]}/original"] != answers).all(axis=1)
+    return int(np.argmax(found & ~lost & missed))
+
+
+# ----------------------------------------------------------------------------------------------
+# The command
+
+
+def flags_of(row: list[str], seed: int, given: dict) -> tuple[Callable, list[str]]:
+    """The command of a cell, and all its flags."""
+    command = readings.main if "--reading" in row else cetrec.main
+    shared = [x for key, value in (given | {"seed": seed}).items()
+              for x in ([as_flag(key)] if value is True else [as_flag(key), str(value)])]
+    return command, [*row, *shared]
+
+
+def reproduce(target: str, seeds: list[int], given: dict, out: Path) -> list[str]:
+    """Run what is not there; write tables, records and figures. Returns the tables as Markdown."""
+    sections = list(TARGETS[target]())
+    cells = Cells(out, sum(len(rows) for _, rows in sections) * len(seeds))
+    kept, drawn = {}, {}
+    for title, rows in sections:
+        runs = {name: [Run.from_folder(cells.folder(*flags_of(row, seed, given)))
+                       for seed in seeds] for name, row in rows.items()}
+        kept[title] = {"records": {name: [short(run.record) for run in of_seeds]
+                                   for name, of_seeds in runs.items()},
+                       "compared": compared(runs)}
+        drawn |= drawings(target, runs)
+    name = name_of(target, given)
+    write_json(out / f"{name}.json", {"given": given, "sections": kept})
+    lines = told(target, kept)
+    write_whole(out / f"{name}.md", ("\n".join(lines) + "\n").encode())
+    for figure in drawn.values():
+        if figure is not None:
+            figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+    return [*lines, "", f"written {out / name}.md, .json{' and .svg' if drawn else ''}"]
+
+
+def name_of(target: str, given: dict) -> str:
+    """What a target's files are called."""
+    parts = [target, Path(given.get("data", "synthetic")).name]
+    return "-".join(parts + [Path(given["model"]).name] * ("model" in given)
+                    + ["chronological"] * ("chronological" in given))
+
+
+def told(target: str, kept: dict) -> list[str]:
+    """All tables of a target as lines of Markdown."""
+    lines = []
+    for title, section in kept.items():
+        records = section["records"]
+        first = next(iter(records.values()))
+        lines += ["", f"### {title}", "", f"{first[0]['protocol']}; seeds "
+                  f"{', '.join(str(record['seed']) for record in first)}", ""]
+        lines += changes(records) if target == "FIGURE4" else table(records)
+        lines += ["", *section["compared"]] if target != "FIGURE4" else []
+    return lines[1:]
+
+
+def recorded(target: str, given: dict) -> dict:
+    """The kept records of a target. Raises FileNotFoundError."""
+    path = RESULTS / f"{name_of(target, given)}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; there are records of "
+                                f"{', '.join(sorted(p.stem for p in RESULTS.glob('*.json')))}")
+    return read_object(path)
+
+
+def verify(target: str, count: int, given: dict, out: Path) -> list[str]:
+    """Run the quickest cells of the kept records again. Raises ValueError where a metric is more
+    than three standard errors away: another processor rounds otherwise, which tuning carries on."""
+    record = recorded(target, given)
+    rows = dict(TARGETS[target]())
+    quickest = sorted(((cell["seconds"], title, name, cell)
+                       for title, section in record["sections"].items()
+                       for name, of_seeds in section["records"].items()
+                       for cell in of_seeds), key=lambda entry: entry[0])[:count]
+    cells, lines, far = Cells(out, len(quickest)), [], 0.0
+    for _, title, name, was in quickest:
+        command, flags = flags_of(rows[title][name], was["seed"], record["given"] | {
+            key: given[key] for key in given.keys() & {"data_dir", "model", "device"}})
+        now = short(read_object(cells.folder(command, flags) / "run.json"))
+        gaps = {(row, metric): abs(value - now["rows"][row][metric][0]) / max(error, 1e-4)
+                for row, scores in was["rows"].items() for metric, (value, error) in scores.items()}
+        worst = max(gaps, key=gaps.get)
+        far = max(far, gaps[worst])
+        lines.append(f"{title} | {name} | seed {was['seed']} | " + (
+            "the same" if not gaps[worst] else
+            f"at most {gaps[worst]:.2f} standard errors away ({worst[0]}, {worst[1]})"))
+    if far > 3:
+        raise ValueError("\n".join(["the records were not found again", *lines]))
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, print and write. Returns the exit status."""
+    ap = Parser(prog="python -m experiments.reproduce", usage="TARGET [flags]",
+                description="Make a table or a figure of the paper, or of this project's own.")
+    ap.add_argument("target", choices=[*TARGETS], help=f"one of {', '.join(TARGETS)}")
+    ap.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N",
+                    help="one run of every cell for each (default: 0 1 2)")
+    ap.add_argument("--recorded", action="store_true",
+                    help="print the tables of the kept records, and run nothing")
+    ap.add_argument("--verify", type=int, nargs="?", const=3, metavar="N",
+                    help="run the N quickest cells of the kept records again, and compare "
+                    "(default: 3)")
+    add_flags(ap, Options, Where, only=SHARED)
+    given = parse(ap, argv)
+
+    def work() -> None:
+        """What the flags ask for."""
+        target, seeds, kept = (given.pop(key) for key in ("target", "seeds", "recorded"))
+        count, out = given.pop("verify", None), Path(given.pop("out", "runs")) / "reproduce"
+        if target == "WORLD" and given.get("data", "synthetic") != "synthetic":
+            raise ValueError("WORLD is about synthetic worlds; drop --data")
+        if kept:
+            lines = told(target, recorded(target, given)["sections"])
+        elif count is not None:
+            lines = verify(target, count, given, out)
+        else:
+            lines = reproduce(target, seeds, given, out)
+        print("\n".join(lines))
+    return exit_status(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
