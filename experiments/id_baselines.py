@@ -72,17 +72,20 @@ class GRU4Rec(IdModel):
 
         h_t = (1 - z) n + z h_(t-1),    n = tanh(W x_t + b + r (U h_(t-1) + b'))
 
-    with gates r and z that are sigmoids of the same two inputs. The original trains on whole
+    with gates r and z that are sigmoids of the same two inputs. Dropout, which the lineage does
+    without, is on the embeddings. The original trains on whole
     sessions side by side, with the other answers of the batch as negatives.
     """
 
-    def __init__(self, items: int, width: int = 64, places: int = L, tied: bool = False):
+    def __init__(self, items: int, width: int = 64, places: int = L, dropout: float = 0.0,
+                 tied: bool = False):
         super().__init__(items, width, width, tied)
-        self.gru = nn.GRU(width, width, batch_first=True)
+        self.gru, self.dropout = nn.GRU(width, width, batch_first=True), dropout
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
         """The state after the newest item; pads come later and cannot reach it.  -> (B, d)"""
-        states, _ = self.gru(self.embedding(items))
+        embedded = F.dropout(self.embedding(items), self.dropout, self.training)
+        states, _ = self.gru(embedded)
         return states[torch.arange(len(items), device=items.device), lengths - 1]
 
 
@@ -204,6 +207,10 @@ class Recipe:
                      choices=["bce", "bpr", "ce"])
     tied: bool = flag("baseline", "score items with their own embeddings instead of a second "
                       "table; not for caser, whose state is wider", False)
+    dropout: float = flag("baseline", "probability of dropout: in gru4rec on the embeddings, in "
+                          "caser on the state, in sasrec on embeddings, attention and inner layer",
+                          0.1, by_data={"gru4rec": 0.0}, low=0, high=0.99, metavar="P",
+                          told="0.1; for gru4rec 0")
     width: int = flag("baseline", "d of embeddings and states", 64, low=1, metavar="D")
     lr: float = flag("baseline", "rate of Adam, with an L2 penalty of 1e-6", 1e-3, low=0,
                      metavar="X")
@@ -222,7 +229,7 @@ class Recipe:
     def model(self, items: int) -> IdModel:
         """The model, at its first values."""
         tied = {"tied": True} if self.tied else {}
-        return MODELS[self.method](items, self.width, **tied)
+        return MODELS[self.method](items, self.width, dropout=self.dropout, **tied)
 
 
 def padded(histories, items: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Other readings of the paper (D1, D3), and worlds that show what L_CT rewards, in a few lines each.
+"""Other readings of the paper (D1, D3), and worlds that show what L_CT rewards.
 
     python -m experiments.readings --reading erase-to-oldest
     python -m experiments.readings --reading permuted --data ml-100k

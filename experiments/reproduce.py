@@ -13,11 +13,12 @@ READINGS  every other reading of the paper that docs/readings.md names
 WORLD     synthetic worlds in which order counts, or time, and what the best recommenders reach
 
 A cell is one run of cetrec.py or of experiments.readings with one seed; cells that are there are
-not made again (experiments/cells.py). At the end TARGET-DATA.md and TARGET-DATA.json are written
-below --out: the tables, and what is in run.json of the cells. Records of that kind are kept in
-experiments/results.
+not made again (experiments/cells.py). At the end TARGET-DATA.md and TARGET-DATA.jsonl are written
+below --out: the tables, and the records that they are made of, which are what run.json of each cell
+has for them. Records of that kind are kept in experiments/results.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,13 +30,14 @@ from evaluate import METRICS
 from experiments import figures, readings
 from experiments.cells import Cells
 from experiments.report import Run, common_sequences, paired_bootstrap
-from support.files import read_object, write_json, write_whole
+from support.files import read_object, write_whole
 from support.options import Options, Where, add_flags, as_flag, parse
 from support.terminal import Parser, exit_status
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = {"data", "data_dir", "sample", "model", "chronological", "limit_train", "max_steps",
           "eval_sequences", "device", "out"}
+HERE = {"data_dir", "model", "device"}  # what is elsewhere on another machine
 BEYOND = ("best, clock-aware", "best, order-aware", "best, order-blind",
           "co-occurrence, newest item", "co-occurrence, whole history", "popularity")
 
@@ -113,15 +115,21 @@ Records = dict[str, list[dict]]         # row of a section -> its record for eac
 
 
 def short(record: dict) -> dict:
-    """What is kept of run.json, to five decimals."""
-    rows = {row: {metric: [round(x, 5) for x in pair] for metric, pair in scores.items()}
-            for row, scores in record["rows"].items()}
-    kept = {key: record[key] for key in ("protocol", "counts", "versions")}
-    effect = {"effect": [round(x, 4) for x in record["effect"]]} if "effect" in record else {}
-    tuning = record["tuning"]
-    return kept | effect | {"rows": rows, "seed": record["options"]["seed"],
-                            "validation_ta": [round(x, 4) for x in tuning["validation_ta"]],
-                            "seconds": round(tuning["seconds"], 1)}
+    """What is kept of run.json: for each list its four metrics, by how much they change under
+    reversal, and the standard errors of both."""
+    shown = {row: scores for row, scores in record["rows"].items()
+             if row in BEYOND or row in lists_of(record) or row.endswith("| change, reversed")}
+    rows = {row: [[round(x, 5) for x in scores[m]] for m in METRICS]
+            for row, scores in shown.items()}
+    return {"seed": record["options"]["seed"], "protocol": record["protocol"],
+            "effect": [round(x, 4) for x in record.get("effect", [])],
+            "validation_ta": round(min(record["tuning"]["validation_ta"]), 4),
+            "seconds": round(record["tuning"]["seconds"], 1), "rows": rows}
+
+
+def means(records: list[dict], row: str) -> np.ndarray:
+    """The four metrics of a row for each seed.  -> (seeds, 4)"""
+    return np.array([record["rows"][row] for record in records])[:, :, 0]
 
 
 def spread(values, form: str = ".4f") -> str:
@@ -135,20 +143,18 @@ def table(records: Records) -> list[str]:
     lines = [f"| | list | {' | '.join(METRICS)} | NDCG@10 reversed, % | effect, nats | "
              "validation L_TA |", "|---|---|" + "---|" * (len(METRICS) + 3)]
     for name, of_seeds in records.items():
-        effect = (spread([r["effect"][0] for r in of_seeds], "+.2f") if "effect" in of_seeds[0]
+        effect = (spread([r["effect"][0] for r in of_seeds], "+.2f") if of_seeds[0]["effect"]
                   else "")
-        loss = spread([min(r["validation_ta"]) for r in of_seeds])
+        loss = spread([r["validation_ta"] for r in of_seeds])
         for made in lists_of(of_seeds[0]):
-            cells = [spread([r["rows"][made][m][0] for r in of_seeds]) for m in METRICS]
-            change = spread([r["rows"][f"{made} | change, reversed"]["NDCG@10"][0]
-                             for r in of_seeds], "+.1f")
-            lines.append(f"| {name} | {made} | {' | '.join(cells)} | {change} | {effect} | "
-                         f"{loss} |")
+            cells = " | ".join(map(spread, means(of_seeds, made).T))
+            change = spread(means(of_seeds, f"{made} | change, reversed")[:, -1], "+.1f")
+            lines.append(f"| {name} | {made} | {cells} | {change} | {effect} | {loss} |")
     of_seeds = next(iter(records.values()))
     for name in BEYOND:
         if name in of_seeds[0]["rows"]:
-            cells = [spread([r["rows"][name][m][0] for r in of_seeds]) for m in METRICS]
-            lines.append(f"| {name} | | {' | '.join(cells)} | | | |")
+            cells = " | ".join(map(spread, means(of_seeds, name).T))
+            lines.append(f"| {name} | | {cells} | | | |")
     return lines
 
 
@@ -162,14 +168,18 @@ def changes(records: Records) -> list[str]:
     lines = [f"| | list | {' | '.join(METRICS)} |", "|---|---|" + "---|" * len(METRICS)]
     for name, of_seeds in records.items():
         for made in lists_of(of_seeds[0]):
-            cells = [spread([r["rows"][f"{made} | change, reversed"][m][0] for r in of_seeds],
-                            "+.1f") for m in METRICS]
-            lines.append(f"| {name} | {made} | {' | '.join(cells)} |")
+            rates = means(of_seeds, f"{made} | change, reversed").T
+            cells = " | ".join(spread(values, "+.1f") for values in rates)
+            lines.append(f"| {name} | {made} | {cells} |")
     return lines
 
 
 def compared(runs: dict[str, list[Run]]) -> list[str]:
-    """Each row minus the first, list by list, on the same test sequences of all seeds together."""
+    """Each row minus the first, list by list, on the same test sequences of all seeds together.
+
+    The interval is that of other test sequences, for the models as they are: it does not hold what
+    another seed of tuning would change.
+    """
     (first, base), *others = runs.items()
     lines = [f"| minus {first} | list | {' | '.join(METRICS)} |",
              "|---|---|" + "---|" * len(METRICS)]
@@ -197,8 +207,8 @@ def drawings(target: str, runs: dict[str, list[Run]]) -> dict[str, object]:
         return {}
     first = [of_seeds[0] for of_seeds in runs.values()]
     if target == "FIGURE4":
-        rates = {name: np.array([[run.record["rows"][f"{run.lists[0]} | change, reversed"][m][0]
-                                  for m in METRICS] for run in of_seeds])
+        rates = {name: means([short(run.record) for run in of_seeds],
+                             f"{of_seeds[0].lists[0]} | change, reversed")
                  for name, of_seeds in runs.items()}
         return {target: figures.change_bars(rates, first[0].lists[0])}
     if target == "FIGURE5":
@@ -239,74 +249,79 @@ def reproduce(target: str, seeds: list[int], given: dict, out: Path) -> list[str
     """Run what is not there; write tables, records and figures. Returns the tables as Markdown."""
     sections = list(TARGETS[target]())
     cells = Cells(out, sum(len(rows) for _, rows in sections) * len(seeds))
-    kept, drawn = {}, {}
+    kept, drawn, stated = [], {}, {key: given[key] for key in given.keys() - HERE}
     for title, rows in sections:
         runs = {name: [Run.from_folder(cells.folder(*flags_of(row, seed, given)))
                        for seed in seeds] for name, row in rows.items()}
-        kept[title] = {"records": {name: [short(run.record) for run in of_seeds]
-                                   for name, of_seeds in runs.items()},
-                       "compared": compared(runs)}
+        kept += [{"section": title, "row": name, "given": stated} | short(run.record)
+                 for name, of_seeds in runs.items() for run in of_seeds]
+        kept += [{"section": title, "compared": line} for line in compared(runs)]
         drawn |= drawings(target, runs)
-    name = name_of(target, given)
-    write_json(out / f"{name}.json", {"given": given, "sections": kept})
-    lines = told(target, kept)
+    name, lines = name_of(target, given), told(target, kept)
+    write_whole(out / f"{name}.jsonl", "".join(json.dumps(x) + "\n" for x in kept).encode())
     write_whole(out / f"{name}.md", ("\n".join(lines) + "\n").encode())
     for figure in drawn.values():
         if figure is not None:
             figure.savefig(out / f"{name}.svg", metadata={"Date": None})
-    return [*lines, "", f"written {out / name}.md, .json{' and .svg' if drawn else ''}"]
+    return [*lines, "", f"written {out / name}.md, .jsonl{' and .svg' if drawn else ''}"]
 
 
 def name_of(target: str, given: dict) -> str:
     """What a target's files are called."""
-    parts = [target, Path(given.get("data", "synthetic")).name]
-    return "-".join(parts + [Path(given["model"]).name] * ("model" in given)
+    parts = [Path(given[key]).name for key in ("data", "model") if key in given]
+    return "-".join([target, *(parts or ["synthetic"])]
                     + ["chronological"] * ("chronological" in given))
 
 
-def told(target: str, kept: dict) -> list[str]:
+def told(target: str, kept: list[dict]) -> list[str]:
     """All tables of a target as lines of Markdown."""
     lines = []
-    for title, section in kept.items():
-        records = section["records"]
+    for title in dict.fromkeys(entry["section"] for entry in kept):
+        of_section = [entry for entry in kept if entry["section"] == title]
+        records: Records = {}
+        for entry in of_section:
+            if "row" in entry:
+                records.setdefault(entry["row"], []).append(entry)
         first = next(iter(records.values()))
         lines += ["", f"### {title}", "", f"{first[0]['protocol']}; seeds "
                   f"{', '.join(str(record['seed']) for record in first)}", ""]
-        lines += changes(records) if target == "FIGURE4" else table(records)
-        lines += ["", *section["compared"]] if target != "FIGURE4" else []
+        if target == "FIGURE4":
+            lines += changes(records)
+        else:
+            lines += [*table(records), "",
+                      *(entry["compared"] for entry in of_section if "compared" in entry)]
     return lines[1:]
 
 
-def recorded(target: str, given: dict) -> dict:
+def recorded(target: str, given: dict) -> list[dict]:
     """The kept records of a target. Raises FileNotFoundError."""
-    path = RESULTS / f"{name_of(target, given)}.json"
+    path = RESULTS / f"{name_of(target, given)}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; there are records of "
-                                f"{', '.join(sorted(p.stem for p in RESULTS.glob('*.json')))}")
-    return read_object(path)
+                                f"{', '.join(sorted(p.stem for p in RESULTS.glob('*.jsonl')))}")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def verify(target: str, count: int, given: dict, out: Path) -> list[str]:
     """Run the quickest cells of the kept records again. Raises ValueError where a metric is more
     than three standard errors away: another processor rounds otherwise, which tuning carries on."""
-    record = recorded(target, given)
     rows = dict(TARGETS[target]())
-    quickest = sorted(((cell["seconds"], title, name, cell)
-                       for title, section in record["sections"].items()
-                       for name, of_seeds in section["records"].items()
-                       for cell in of_seeds), key=lambda entry: entry[0])[:count]
-    cells, lines, far = Cells(out, len(quickest)), [], 0.0
-    for _, title, name, was in quickest:
-        command, flags = flags_of(rows[title][name], was["seed"], record["given"] | {
-            key: given[key] for key in given.keys() & {"data_dir", "model", "device"}})
-        now = short(read_object(cells.folder(command, flags) / "run.json"))
-        gaps = {(row, metric): abs(value - now["rows"][row][metric][0]) / max(error, 1e-4)
-                for row, scores in was["rows"].items() for metric, (value, error) in scores.items()}
+    cells = [entry for entry in recorded(target, given) if "row" in entry]
+    cells = sorted(cells, key=lambda cell: cell["seconds"])[:count]
+    runs, lines, far = Cells(out, len(cells)), [], 0.0
+    for was in cells:
+        command, flags = flags_of(rows[was["section"]][was["row"]], was["seed"], was["given"] | {
+            key: given[key] for key in given.keys() & HERE})
+        now = short(read_object(runs.folder(command, flags) / "run.json"))
+        gaps = {}
+        for row, scores in was["rows"].items():
+            (old, error), (new, _) = (np.array(x).T for x in (scores, now["rows"][row]))
+            gaps[row] = float((abs(new - old) / error.clip(min=1e-4)).max())
         worst = max(gaps, key=gaps.get)
         far = max(far, gaps[worst])
-        lines.append(f"{title} | {name} | seed {was['seed']} | " + (
+        lines.append(f"{was['section']} | {was['row']} | seed {was['seed']} | " + (
             "the same" if not gaps[worst] else
-            f"at most {gaps[worst]:.2f} standard errors away ({worst[0]}, {worst[1]})"))
+            f"at most {gaps[worst]:.2f} standard errors away, of {worst}"))
     if far > 3:
         raise ValueError("\n".join(["the records were not found again", *lines]))
     return lines
@@ -334,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
         if target == "WORLD" and given.get("data", "synthetic") != "synthetic":
             raise ValueError("WORLD is about synthetic worlds; drop --data")
         if kept:
-            lines = told(target, recorded(target, given)["sections"])
+            lines = told(target, recorded(target, given))
         elif count is not None:
             lines = verify(target, count, given, out)
         else:

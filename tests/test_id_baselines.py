@@ -68,6 +68,44 @@ def test_order_counts_and_the_two_tables_are_not_tied(name):
     assert not torch.allclose(model.scores(*given), scores, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["gru4rec", "sasrec"])
+def test_tied_tables_score_an_item_by_its_own_embedding(name):
+    free, model = (recipe(method=name, width=8, tied=tied).model(N) for tied in (False, True))
+    assert sum(p.numel() for p in free.parameters()) - N * 8 == sum(
+        p.numel() for p in model.parameters())
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    model.eval()
+    given = padded([[1, 2, 3, 4]], N)
+    state, bias, E = (x.detach().numpy() for x in (model(*given)[0], model.head.bias,
+                                                   model.embedding.weight))
+    scores = model.scores(*given)
+    np.testing.assert_allclose(scores[0].detach().numpy(), E[:N] @ state + bias, atol=1e-5)
+    model.embedding.weight.data[8] += 1.0               # an item that is not in the history
+    assert (model.scores(*given) != scores)[0].nonzero().flatten().tolist() == [8]
+    for kind in ("bce", "bpr", "ce"):                   # absent items learn from answers
+        model.zero_grad()
+        id_loss(kind, model, model(*given), torch.tensor([7])).backward()
+        assert model.embedding.weight.grad[7].abs().sum() > 0
+
+
+def test_tied_tables_do_not_fit_caser():
+    with pytest.raises(ValueError, match="--tied does not go with caser"):
+        recipe(method="caser", tied=True)
+
+
+@EVERY
+def test_dropout_works_in_training_only_and_where_it_is_wanted(name):
+    assert defaults(Recipe, name)["dropout"] == (0.0 if name == "gru4rec" else 0.1)
+    given = padded([[1, 2, 3, 4]], N)
+    for rate in (0.0, 0.5):
+        model = recipe(method=name, width=8, dropout=rate).model(N)
+        model.embedding.weight.data += torch.randn(N + 1, 8)
+        assert torch.equal(model(*given), model(*given)) == (rate == 0)
+        model.eval()
+        assert torch.equal(model(*given), model(*given))
+
+
 def test_gru4rec_is_its_equations_from_item_to_item():
     model = a_model("gru4rec")
     W, U, b, c = (getattr(model.gru, name).detach().numpy().astype(float) for name in (
