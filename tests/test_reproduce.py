@@ -1,0 +1,160 @@
+"""experiments/reproduce.py: tables by hand, cells made once, records that verify."""
+
+import json
+
+import numpy as np
+import pytest
+
+import cetrec
+from evaluate import METRICS
+from experiments import figures, reproduce
+from experiments.report import Run
+from support.synthetic import SyntheticWorld
+
+SMALL = ["--max-steps", "2", "--limit-train", "64", "--eval-sequences", "8"]
+
+
+def record(seed: int, first: float, effect=()) -> dict:
+    """A kept record whose metrics are first, first + 0.1, .. for the one list."""
+    metrics = [[first + 0.1 * i, 0.01] for i in range(4)]
+    return {"seed": seed, "protocol": "8 test sequences", "effect": list(effect), "seconds": 1.0,
+            "validation_ta": 0.5 + seed, "rows": {
+                "beams": metrics, "beams | change, reversed": [[-10.0 * i - seed, 1.0]
+                                                               for i in range(4)],
+                "popularity": [[0.01 * seed, 0.0]] * 4}}
+
+
+def test_a_table_is_mean_and_deviation_over_seeds_by_hand():
+    lines = reproduce.table({"A": [record(0, 0.1), record(1, 0.3)],
+                             "B": [record(0, 0.5, [2.0, 1.0]), record(1, 0.5, [3.0, 1.0])]})
+    assert lines[2] == ("| A | beams | 0.2000 ± 0.1414 | 0.3000 ± 0.1414 | 0.4000 ± 0.1414 | "
+                        "0.5000 ± 0.1414 | -30.5 ± 0.7 |  | 1.0000 ± 0.7071 |")
+    assert "| -30.5 ± 0.7 | +2.50 ± 0.71 | 1.0000 ± 0.7071 |" in lines[3]
+    assert lines[4].startswith("| popularity | | 0.0050 ± 0.0071 |") and len(lines) == 5
+    assert {line.count("|") for line in lines} == {10}
+    rates = reproduce.changes({"A": [record(0, 0.1), record(1, 0.3)]})
+    assert rates[2] == "| A | beams | -0.5 ± 0.7 | -10.5 ± 0.7 | -20.5 ± 0.7 | -30.5 ± 0.7 |"
+    one = reproduce.table({"A": [record(0, 0.1)]})              # one seed has no deviation
+    assert one[2].startswith("| A | beams | 0.1000 | 0.2000 |")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder below which TABLE4 was made, twice, with two rows and two seeds."""
+    out, draw = tmp_path_factory.mktemp("reproduce"), SyntheticWorld.interactions
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SyntheticWorld, "interactions", lambda self, seed: draw(self, 120, seed))
+        patch.setitem(cetrec.TINY_BASES, "synthetic", cetrec.TinyBase(
+            pieces=300, hidden_size=32, intermediate_size=64, max_sequences=64))
+        rows = {"w.o. Both": reproduce.PLAIN, "stated": ["--reading", "stopped", *reproduce.STATED]}
+        for target in ("TABLE4", "FIGURE4", "FIGURE5", "READINGS"):
+            patch.setitem(reproduce.TARGETS, target, lambda: [("Title", rows)])
+        patch.setattr(reproduce, "RESULTS", out / "reproduce")
+        given = [*SMALL, "--seeds", "0", "1", "--out", str(out)]
+        assert reproduce.main(["TABLE4", *given]) == 0
+        before = {p: p.stat().st_mtime_ns for p in (out / "reproduce").glob("*/run.json")}
+        for target in ("TABLE4", "FIGURE4", "FIGURE5", "READINGS"):
+            assert reproduce.main([target, *given]) == 0
+        assert {p: p.stat().st_mtime_ns for p in (out / "reproduce").glob("*/run.json")} == before
+        assert len(before) == 4
+        yield out
+
+
+def test_cells_are_made_once_and_tables_hold_what_they_found(made):
+    folder = made / "reproduce"
+    text = (folder / "TABLE4-synthetic.md").read_text()
+    runs = {(json.loads(p.read_text())["method"], json.loads(p.read_text())["options"]["seed"]):
+            Run.from_folder(p.parent) for p in folder.glob("*/run.json")}
+    plain, other = ([runs[method, seed] for seed in (0, 1)] for method in ("cetrec", "stopped"))
+    hits = [run.record["rows"]["10 beams on titles"]["HR@10"][0] for run in other]
+    row = next(x for x in text.splitlines() if x.startswith("| stated | 10 beams"))
+    assert f"{np.mean(hits):.4f} ± {np.std(hits, ddof=1):.4f}" in row
+    gains = np.concatenate([b.arrays["values/10 beams on titles/original"]
+                            - a.arrays["values/10 beams on titles/original"]
+                            for a, b in zip(plain, other)])
+    paired = [x for x in text.splitlines() if x.startswith("| stated | 10 beams")][1]
+    for cell, gain in zip(paired.split(" | ")[2:], gains.mean(axis=0)):
+        assert cell.startswith(f"{gain:+.4f} [")
+    assert "8 test sequences" in text and "seeds 0, 1" in text
+    rates = (folder / "FIGURE4-synthetic.md").read_text()
+    assert "minus" not in rates and "| w.o. Both | 5 beams, grounded | " in rates
+
+
+def test_kept_records_make_the_same_tables_and_name_no_place(made, capsys):
+    assert reproduce.main(["TABLE4", "--recorded", "--out", str(made)]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (made / "reproduce" / "TABLE4-synthetic.md").read_text()
+    kept = (made / "reproduce" / "TABLE4-synthetic.jsonl").read_text()
+    assert str(made) not in kept and kept.count('"row"') == 4
+
+
+def test_records_are_verified_by_running_again(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    lines = [json.loads(line) for line in (made / "reproduce" / "TABLE4-synthetic.jsonl")
+             .read_text().splitlines()]
+    told = {"": 0, "0.01": 0, "3.5": 2}
+    for shift, status in told.items():
+        if shift:
+            for x in (x for x in lines if "row" in x):
+                mean, error = x["rows"]["popularity"][2]
+                x["rows"]["popularity"][2] = [mean + float(shift) * max(error, 1e-4), error]
+        (tmp_path / "TABLE4-synthetic.jsonl").write_text("".join(
+            json.dumps(x) + "\n" for x in lines))
+        assert reproduce.main(["TABLE4", "--verify", "2", "--out", str(tmp_path)]) == status
+        printed = "".join(capsys.readouterr())
+        assert printed.count("| seed ") >= 2 and ("| the same" in printed) == (not shift)
+        if shift:
+            assert "standard errors away, of popularity" in printed
+        assert ("not found again" in printed) == (status == 2)
+
+
+def test_figures_are_drawn_where_there_is_something_to_draw(made):
+    pytest.importorskip("matplotlib")
+    for target in ("FIGURE4", "FIGURE5", "READINGS"):
+        assert (made / "reproduce" / f"{target}-synthetic.svg").stat().st_size > 5_000
+    assert not (made / "reproduce" / "TABLE4-synthetic.svg").exists()
+    assert figures.entropy_curves({}, 300) is None
+    fig = figures.change_bars({"A": np.array([[-10.0, -20, -30, -40], [-20.0, -30, -40, -50]]),
+                               "B": np.zeros((2, 4))}, "beams")
+    assert [bar.get_height() for bar in fig.axes[0].patches[:4]] == [-15, -25, -35, -45]
+    assert [text.get_text() for text in fig.axes[0].get_xticklabels()] == list(METRICS)
+
+
+def test_the_user_of_figure_5_is_one_whom_order_serves():
+    class Lists:
+        lists = ["beams"]
+
+        def __init__(self, original, backward):
+            self.arrays = {"target": np.array([7, 8, 9]),
+                           "lists/beams/original": np.array(original),
+                           "lists/beams/reversed": np.array(backward)}
+    plain = Lists([[7, 1], [1, 2], [1, 2]], [[7, 1], [8, 2], [1, 2]])
+    temporal = Lists([[7, 1], [8, 2], [1, 9]], [[1, 2], [3, 8], [2, 3]])
+    assert reproduce.telling_user(plain, temporal) == 2
+    assert reproduce.telling_user(temporal, temporal) == 0      # nobody: the first
+
+
+def test_what_cannot_be_is_one_line(tmp_path, capsys):
+    assert reproduce.main(["WORLD", "--data", "ml-100k", "--out", str(tmp_path)]) == 2
+    assert "WORLD is about synthetic worlds; drop --data" in capsys.readouterr().err
+    assert reproduce.main(["TABLE4", "--recorded", "--data", "no-such", "--out",
+                           str(tmp_path)]) == 2
+    assert "TABLE4-no-such.jsonl: not found; there are records of" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["TABLE5"])
+    assert stop.value.code == 2 and "invalid choice: 'TABLE5'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", reproduce.TARGETS)
+def test_every_row_of_every_target_has_flags_that_its_command_takes(target):
+    sections = list(reproduce.TARGETS[target]())
+    lines = []
+    for _, rows in sections:
+        for row in rows.values():
+            command, flags = reproduce.flags_of(row, 3, {"data": "synthetic"})
+            with pytest.raises(SystemExit) as stop:
+                command([*flags, "--help"])
+            assert stop.value.code == 0 and flags[-2:] == ["--seed", "3"]
+            lines.append(" ".join(flags))
+    assert len(set(lines)) == len(lines)                        # no cell is asked for twice
+    assert len({title for title, _ in sections}) == len(sections)
