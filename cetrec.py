@@ -82,7 +82,7 @@ def _angles(pos: Tensor, dim: int, base: float) -> Tensor:
 
 
 class TemporalLlama(nn.Module):
-    """A Llama whose item tokens carry the position k of their item on top of their own (Eq. 6).
+    """§4.2: a Llama whose item tokens carry the k of their item on top of their place (Eq. 6).
 
     All tokens of an item carry the same k; tokens outside items carry none. What that does depends
     on kind, because the paper leaves open where its rotary variant turns (D2):
@@ -164,7 +164,7 @@ def world_logits(model: TemporalLlama, batch: Batch, *worlds: Tensor) -> tuple[T
 
 
 def twin_forward(model: TemporalLlama, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(f(x_t), f(x_0)): one network, same tokens, two worlds.  -> (M, V), (M, V)"""
+    """(f(x_t), f(x_0)) of §4.3: one network, same tokens, two worlds.  -> (M, V), (M, V)"""
     factual, counterfactual = batch.item_pos, erase_order(batch.item_pos)   # T = t and T = t*
     return world_logits(model, batch, factual, counterfactual)
 

@@ -366,12 +366,15 @@ class GroundedBeams:
 
 
 def hit_ratio(ranks, k: int):
-    """HR@K of single cases: 1 where the 0-based rank of the answer is below k. Any shape."""
+    """HR@K of single cases (§5.1.2): 1 where the answer's 0-based rank is below k. Any shape."""
     return (np.asarray(ranks) < k).astype(float)
 
 
 def ndcg(ranks, k: int):
-    """NDCG@K of single cases: 1 / log2(rank + 2) below k, else 0. IDCG is 1, as one item counts."""
+    """NDCG@K of single cases (§5.1.2): 1 / log2(rank + 2) below k, else 0.
+
+    The ideal DCG is 1, because one item counts.
+    """
     ranks = np.asarray(ranks, dtype=float)
     return np.where(ranks < k, 1.0 / np.log2(ranks + 2.0), 0.0)
 
@@ -407,7 +410,7 @@ def summarise(values: np.ndarray) -> Scores:
 
 
 def relative_change(before: np.ndarray, after: np.ndarray) -> Scores:
-    """Change of each metric in per cent (Fig. 4) with its standard error, paired by sequence.
+    """Change of each metric in per cent (§5.4, Fig. 4) with its standard error, paired by sequence.
 
     (n, 4) twice. The error of a ratio of means is that of the delta method.
     """

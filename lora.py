@@ -118,7 +118,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.05,
              targets=("q_proj", "v_proj"), rslora: bool = False) -> list[nn.Parameter]:
-    """Freeze the model (Θ), then wrap every linear map named in targets. Returns the factors (Φ).
+    """Eq. 2: freeze the model (Θ), wrap the linear maps named in targets, return the factors (Φ).
 
     Everything is frozen first, so that what is not wrapped has no gradient either: norms,
     embeddings, the output map. Raises ValueError for a second call, a bad setting, or a target that

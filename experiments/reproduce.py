@@ -1,4 +1,4 @@
-"""The paper's tables and figures, each by one command, and three questions it does not ask.
+"""The paper's tables and figures, each by one command, and what else one would ask of the method.
 
     python -m experiments.reproduce TABLE4 --data ml-100k --seeds 0 1 2
     python -m experiments.reproduce WORLD --seeds 0 1 2 3 4
@@ -9,6 +9,7 @@ TABLE4    what temporal embeddings and counterfactual tuning add (Table 4)
 FIGURE4   by how much the metrics change when test histories are reversed (Fig. 4)
 FIGURE5   one user's lists with and without temporal embeddings, also for the reversed history
 LAMBDA    the weight λ of L_CT (Eq. 10)
+PREMISE   whether a base barely notices the order, before it is tuned and after; with --model
 READINGS  every other reading of the paper that docs/readings.md names
 WORLD     synthetic worlds in which order counts, or time, and what the best recommenders reach
 
@@ -35,11 +36,12 @@ from support.options import Options, Where, add_flags, as_flag, parse
 from support.terminal import Parser, exit_status
 
 RESULTS = Path(__file__).parent / "results"
-SHARED = {"data", "data_dir", "sample", "model", "chronological", "limit_train", "max_steps",
-          "eval_sequences", "device", "out"}
+SHARED = {"data", "data_dir", "sample", "model", "chronological", "limit_train", "lr", "epochs",
+          "max_steps", "lists", "eval_sequences", "device", "out"}
 HERE = {"data_dir", "model", "device"}  # what is elsewhere on another machine
 BEYOND = ("best, clock-aware", "best, order-aware", "best, order-blind",
           "co-occurrence, newest item", "co-occurrence, whole history", "popularity")
+MISLED = "best, order-aware | reversed"
 
 # ----------------------------------------------------------------------------------------------
 # What is run. A section is a table: its title, and the flags of each of its rows. The first row is
@@ -57,6 +59,8 @@ PLAIN = ["--temporal", "none"]
 ABLATION = {"w.o. Both": PLAIN,
             "w.o. CT, SinPE": tuned("sinpe", "0"), "CETRec-SinPE": tuned("sinpe", "0.1"),
             "w.o. CT, RoPE": tuned("rope", "0"), "CETRec-RoPE": tuned("rope", "0.1")}
+PREMISE = {"before tuning": [*PLAIN, "--lr", "0", "--max-steps", "1"],
+           **{name: ABLATION[name] for name in ("w.o. Both", "w.o. CT, RoPE", "CETRec-RoPE")}}
 STATED = tuned("rope", "0.1")
 OTHER_READINGS = {
     "as stated": STATED,
@@ -104,6 +108,7 @@ TARGETS: dict[str, Callable[[], Iterable[Section]]] = {
     "FIGURE5": lambda: [("Figure 5", {"w.o. Both": PLAIN, "CETRec-RoPE": STATED})],
     "LAMBDA": lambda: [("λ", {f"λ = {x}": tuned("rope", x) for x in (
         "0", "0.01", "0.1", "0.5", "1", "10")})],
+    "PREMISE": lambda: [("Premise", PREMISE)],
     "READINGS": lambda: [("Readings", OTHER_READINGS)],
     "WORLD": world_sections}
 
@@ -115,10 +120,10 @@ Records = dict[str, list[dict]]         # row of a section -> its record for eac
 
 
 def short(record: dict) -> dict:
-    """What is kept of run.json: for each list its four metrics, by how much they change under
-    reversal, and the standard errors of both."""
+    """What is kept of run.json: for each list its four metrics, by how much they change where
+    histories are reversed or shuffled, and the standard errors of all that."""
     shown = {row: scores for row, scores in record["rows"].items()
-             if row in BEYOND or row in lists_of(record) or row.endswith("| change, reversed")}
+             if row in (*BEYOND, MISLED, *lists_of(record)) or " | change, " in row}
     rows = {row: [[round(x, 5) for x in scores[m]] for m in METRICS]
             for row, scores in shown.items()}
     return {"seed": record["options"]["seed"], "protocol": record["protocol"],
@@ -140,21 +145,25 @@ def spread(values, form: str = ".4f") -> str:
 
 def table(records: Records) -> list[str]:
     """What the lists of each row are worth, and where the best and the simplest stand."""
-    lines = [f"| | list | {' | '.join(METRICS)} | NDCG@10 reversed, % | effect, nats | "
-             "validation L_TA |", "|---|---|" + "---|" * (len(METRICS) + 3)]
+    lines = [f"| | list | {' | '.join(METRICS)} | NDCG@10 reversed, % | shuffled, % | "
+             "effect, nats | validation L_TA |", "|---|---|" + "---|" * (len(METRICS) + 4)]
     for name, of_seeds in records.items():
         effect = (spread([r["effect"][0] for r in of_seeds], "+.2f") if of_seeds[0]["effect"]
                   else "")
         loss = spread([r["validation_ta"] for r in of_seeds])
         for made in lists_of(of_seeds[0]):
             cells = " | ".join(map(spread, means(of_seeds, made).T))
-            change = spread(means(of_seeds, f"{made} | change, reversed")[:, -1], "+.1f")
+            change = " | ".join(spread(means(of_seeds, f"{made} | change, {how}")[:, -1], "+.1f")
+                                for how in ("reversed", "shuffled"))
             lines.append(f"| {name} | {made} | {cells} | {change} | {effect} | {loss} |")
     of_seeds = next(iter(records.values()))
     for name in BEYOND:
         if name in of_seeds[0]["rows"]:
-            cells = " | ".join(map(spread, means(of_seeds, name).T))
-            lines.append(f"| {name} | | {cells} | | | |")
+            reached, change = means(of_seeds, name), ""
+            if name == "best, order-aware":
+                misled = means(of_seeds, MISLED)
+                change = spread(100 * (misled / reached - 1)[:, -1], "+.1f")
+            lines.append(f"| {name} | | {' | '.join(map(spread, reached.T))} | {change} | | | |")
     return lines
 
 
@@ -299,6 +308,11 @@ def recorded(target: str, given: dict) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; there are records of "
                                 f"{', '.join(sorted(p.stem for p in RESULTS.glob('*.jsonl')))}")
+    return read_records(path)
+
+
+def read_records(path: Path) -> list[dict]:
+    """What a file of kept records holds: cells, and lines of comparison."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

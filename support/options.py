@@ -320,19 +320,23 @@ def add_flags(ap: argparse.ArgumentParser, *kinds, only=None) -> None:
     groups = {}
     for f in [f for kind in kinds for f in fields(kind) if only is None or f.name in only]:
         m = f.metadata
-        default = m["told"] or "; ".join(
-            in_words(value) + {"published": "", "tiny": " with the tiny base"}.get(
-                preset, f" with the tiny base on {preset}")
-            for preset, value in m["presets"].items())
         if m["group"] not in groups:
             groups[m["group"]] = ap.add_argument_group(m["group"])
-        how = {"help": f"{m['text']} (default: {default})".replace("%", "%%")}
+        how = {"help": f"{m['text']} (default: {told_default(f)})".replace("%", "%%")}
         if f.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
             how |= {"type": f.type if f.type in (int, float) else str, "choices": m["choices"],
                     "metavar": m["metavar"]}
         groups[m["group"]].add_argument(as_flag(f.name), dest=f.name, **how)
+
+
+def told_default(f) -> str:
+    """The defaults of a field of Options in words, as help and docs print them."""
+    return f.metadata["told"] or "; ".join(
+        in_words(value) + {"published": "", "tiny": " with the tiny base"}.get(
+            preset, f" with the tiny base on {preset}")
+        for preset, value in f.metadata["presets"].items())
 
 
 def in_words(value) -> str:

@@ -19,19 +19,22 @@ def record(seed: int, first: float, effect=()) -> dict:
     metrics = [[first + 0.1 * i, 0.01] for i in range(4)]
     return {"seed": seed, "protocol": "8 test sequences", "effect": list(effect), "seconds": 1.0,
             "validation_ta": 0.5 + seed, "rows": {
-                "beams": metrics, "beams | change, reversed": [[-10.0 * i - seed, 1.0]
-                                                               for i in range(4)],
-                "popularity": [[0.01 * seed, 0.0]] * 4}}
+                "beams": metrics, "popularity": [[0.01 * seed, 0.0]] * 4,
+                **{f"beams | change, {how}": [[-10.0 * i - seed, 1.0] for i in range(4)]
+                   for how in ("reversed", "shuffled")},
+                "best, order-aware": [[0.5, 0.0]] * 4,
+                "best, order-aware | reversed": [[0.4 - 0.1 * seed, 0.0]] * 4}}
 
 
 def test_a_table_is_mean_and_deviation_over_seeds_by_hand():
     lines = reproduce.table({"A": [record(0, 0.1), record(1, 0.3)],
                              "B": [record(0, 0.5, [2.0, 1.0]), record(1, 0.5, [3.0, 1.0])]})
     assert lines[2] == ("| A | beams | 0.2000 ± 0.1414 | 0.3000 ± 0.1414 | 0.4000 ± 0.1414 | "
-                        "0.5000 ± 0.1414 | -30.5 ± 0.7 |  | 1.0000 ± 0.7071 |")
+                        "0.5000 ± 0.1414 | -30.5 ± 0.7 | -30.5 ± 0.7 |  | 1.0000 ± 0.7071 |")
     assert "| -30.5 ± 0.7 | +2.50 ± 0.71 | 1.0000 ± 0.7071 |" in lines[3]
-    assert lines[4].startswith("| popularity | | 0.0050 ± 0.0071 |") and len(lines) == 5
-    assert {line.count("|") for line in lines} == {10}
+    assert lines[4].endswith("| 0.5000 ± 0.0000 | -30.0 ± 14.1 | | | |")
+    assert lines[5].startswith("| popularity | | 0.0050 ± 0.0071 |") and len(lines) == 6
+    assert {line.count("|") for line in lines} == {11}
     rates = reproduce.changes({"A": [record(0, 0.1), record(1, 0.3)]})
     assert rates[2] == "| A | beams | -0.5 ± 0.7 | -10.5 ± 0.7 | -20.5 ± 0.7 | -30.5 ± 0.7 |"
     one = reproduce.table({"A": [record(0, 0.1)]})              # one seed has no deviation
