@@ -83,7 +83,7 @@ def code_of_places(sources: dict[str, str]) -> dict[str, list[str]]:
     return found
 
 
-def tests_of(beginning: str, source: str) -> list[str]:
+def names_of_tests(beginning: str, source: str) -> list[str]:
     """The tests in a source whose names go on so after "test_"."""
     return re.findall(rf"^def (test_{beginning}\w*)", source, re.MULTILINE)
 
@@ -97,7 +97,7 @@ def paper_map() -> list[str]:
     tests = (ROOT / "tests" / "test_equations.py").read_text("utf-8")
     lines = ["| paper | what | code | tests in `tests/test_equations.py` |", "|---|---|---|---|"]
     for place, (what, beginning) in PLACES.items():
-        if place not in code or not (here := tests_of(beginning, tests)):
+        if place not in code or not (here := names_of_tests(beginning, tests)):
             raise ValueError(f"{place} has no function, or no test: name it in a docstring of the "
                              f"five files, and begin a test's name with test_{beginning}")
         names = ", ".join(f"`{name}`" for name in code[place])

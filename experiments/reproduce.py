@@ -63,7 +63,7 @@ PREMISE = {"before tuning": [*PLAIN, "--lr", "0", "--max-steps", "1"],
            **{name: ABLATION[name] for name in ("w.o. Both", "w.o. CT, RoPE", "CETRec-RoPE")}}
 STATED = tuned("rope", "0.1")
 OTHER_READINGS = {
-    "as stated": STATED,
+    "as stated": ["--reading", "stated", *STATED],
     "D1: k counts from the oldest": ["--reading", "chronological", *STATED],
     "D1: erased to the oldest": ["--reading", "erase-to-oldest", *STATED],
     "D2: inside attention": tuned("rope-attention", "0.1"),
@@ -119,9 +119,10 @@ TARGETS: dict[str, Callable[[], Iterable[Section]]] = {
 Records = dict[str, list[dict]]         # row of a section -> its record for each seed
 
 
-def short(record: dict) -> dict:
+def short(folder: Path) -> dict:
     """What is kept of run.json: for each list its four metrics, by how much they change where
     histories are reversed or shuffled, and the standard errors of all that."""
+    record = read_object(folder / "run.json")
     shown = {row: scores for row, scores in record["rows"].items()
              if row in (*BEYOND, MISLED, *lists_of(record)) or " | change, " in row}
     rows = {row: [[round(x, 5) for x in scores[m]] for m in METRICS]
@@ -129,7 +130,17 @@ def short(record: dict) -> dict:
     return {"seed": record["options"]["seed"], "protocol": record["protocol"],
             "effect": [round(x, 4) for x in record.get("effect", [])],
             "validation_ta": round(min(record["tuning"]["validation_ta"]), 4),
-            "seconds": round(record["tuning"]["seconds"], 1), "rows": rows}
+            "seconds": round(record["tuning"]["seconds"], 1), "rows": rows,
+            "worlds": at_the_end(folder / "worlds.json")}
+
+
+def at_the_end(path: Path) -> dict[str, float]:
+    """What experiments.readings noted of the worlds, on average over the last tenth of tuning."""
+    if not path.is_file():
+        return {}
+    notes = read_object(path)["notes"]
+    last = notes[-max(1, len(notes) // 10):]
+    return {key: round(float(np.mean([note[key] for note in last])), 4) for key in last[0]}
 
 
 def means(records: list[dict], row: str) -> np.ndarray:
@@ -164,6 +175,19 @@ def table(records: Records) -> list[str]:
                 misled = means(of_seeds, MISLED)
                 change = spread(100 * (misled / reached - 1)[:, -1], "+.1f")
             lines.append(f"| {name} | | {' | '.join(map(spread, reached.T))} | {change} | | | |")
+    return lines
+
+
+def worlds_table(records: Records) -> list[str]:
+    """What the two worlds leave open about the next token at the end of tuning, and the losses."""
+    shown = {name: [r["worlds"] for r in of_seeds] for name, of_seeds in records.items()
+             if of_seeds[0]["worlds"]}
+    lines = ["| | entropy, factual world | entropy, erased world | L_TA | L_CT |",
+             "|---|---|---|---|---|"] if shown else []
+    for name, worlds in shown.items():
+        cells = [spread([w[key] for w in worlds], ".3f")
+                 for key in ("factual", "erased", "loss_ta", "loss_ct")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -216,7 +240,7 @@ def drawings(target: str, runs: dict[str, list[Run]]) -> dict[str, object]:
         return {}
     first = [of_seeds[0] for of_seeds in runs.values()]
     if target == "FIGURE4":
-        rates = {name: means([short(run.record) for run in of_seeds],
+        rates = {name: means([short(run.folder) for run in of_seeds],
                              f"{of_seeds[0].lists[0]} | change, reversed")
                  for name, of_seeds in runs.items()}
         return {target: figures.change_bars(rates, first[0].lists[0])}
@@ -262,7 +286,7 @@ def reproduce(target: str, seeds: list[int], given: dict, out: Path) -> list[str
     for title, rows in sections:
         runs = {name: [Run.from_folder(cells.folder(*flags_of(row, seed, given)))
                        for seed in seeds] for name, row in rows.items()}
-        kept += [{"section": title, "row": name, "given": stated} | short(run.record)
+        kept += [{"section": title, "row": name, "given": stated} | short(run.folder)
                  for name, of_seeds in runs.items() for run in of_seeds]
         kept += [{"section": title, "compared": line} for line in compared(runs)]
         drawn |= drawings(target, runs)
@@ -297,8 +321,10 @@ def told(target: str, kept: list[dict]) -> list[str]:
         if target == "FIGURE4":
             lines += changes(records)
         else:
-            lines += [*table(records), "",
-                      *(entry["compared"] for entry in of_section if "compared" in entry)]
+            compared = [entry["compared"] for entry in of_section if "compared" in entry]
+            lines += [*table(records), "", *compared]
+            if worlds := worlds_table(records):
+                lines += ["", *worlds]
     return lines[1:]
 
 
@@ -326,7 +352,7 @@ def verify(target: str, count: int, given: dict, out: Path) -> list[str]:
     for was in cells:
         command, flags = flags_of(rows[was["section"]][was["row"]], was["seed"], was["given"] | {
             key: given[key] for key in given.keys() & HERE})
-        now = short(read_object(runs.folder(command, flags) / "run.json"))
+        now = short(runs.folder(command, flags))
         gaps = {}
         for row, scores in was["rows"].items():
             (old, error), (new, _) = (np.array(x).T for x in (scores, now["rows"][row]))

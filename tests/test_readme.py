@@ -6,7 +6,7 @@ import json
 import pytest
 
 from experiments import readme
-from experiments.readme import PLACES, code_of_places, pages, places_in, tests_of, with_parts
+from experiments.readme import PLACES, code_of_places, pages, places_in, names_of_tests, with_parts
 from support.options import Options, as_flag
 
 
@@ -23,7 +23,7 @@ def test_docstrings_lead_from_places_to_functions_classes_and_methods():
              '    def g(self):\n        """§4.3"""\n'
     assert code_of_places({"m": source}) == {"Eq. 2": ["m.f", "m.A"], "Eq. 3": ["m.A"],
                                              "§4.3": ["m.A.g"]}
-    assert tests_of("eq01", "def test_eq01_a():\n    def test_eq01_b(): 0\ndef test_eq010(): 0"
+    assert names_of_tests("eq01", "def test_eq01_a():\n    def test_eq01_b(): 0\ndef test_eq010(): 0"
                     ) == ["test_eq01_a", "test_eq010"]
 
 
@@ -44,7 +44,7 @@ def test_a_place_without_code_or_test_is_found(monkeypatch, place, beginning):
         readme.paper_map()
 
 
-def test_all_tests_of_equations_belong_to_a_place():
+def test_all_names_of_tests_equations_belong_to_a_place():
     source = (readme.ROOT / "tests" / "test_equations.py").read_text("utf-8")
     names = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)
              and node.name.startswith("test_")]
@@ -82,7 +82,9 @@ def test_the_parts_of_a_page_are_made_anew_and_nothing_else(monkeypatch, tmp_pat
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     scores = [[0.25, 0.1]] * 4
     entry = {"section": "Table 4", "row": "A", "seed": 0, "protocol": "p", "effect": [],
-             "validation_ta": 1.0, "rows": {"beams": scores, "beams | change, reversed": scores}}
+             "validation_ta": 1.0, "worlds": {}, "rows": {
+                 "beams": scores, "beams | change, reversed": scores,
+                 "beams | change, shuffled": scores}}
     (tmp_path / "TABLE4-x.jsonl").write_text(json.dumps(entry) + "\n")
     for name, wanted in (("results", "| x | A | beams | 0.2500 | 0.2500 | +0.2 |"),
                          ("TABLE4-x", "| A | beams | 0.2500 | 0.2500 | 0.2500 | 0.2500 |")):

@@ -18,7 +18,7 @@ def record(seed: int, first: float, effect=()) -> dict:
     """A kept record whose metrics are first, first + 0.1, .. for the one list."""
     metrics = [[first + 0.1 * i, 0.01] for i in range(4)]
     return {"seed": seed, "protocol": "8 test sequences", "effect": list(effect), "seconds": 1.0,
-            "validation_ta": 0.5 + seed, "rows": {
+            "validation_ta": 0.5 + seed, "worlds": {}, "rows": {
                 "beams": metrics, "popularity": [[0.01 * seed, 0.0]] * 4,
                 **{f"beams | change, {how}": [[-10.0 * i - seed, 1.0] for i in range(4)]
                    for how in ("reversed", "shuffled")},
@@ -39,6 +39,17 @@ def test_a_table_is_mean_and_deviation_over_seeds_by_hand():
     assert rates[2] == "| A | beams | -0.5 ± 0.7 | -10.5 ± 0.7 | -20.5 ± 0.7 | -30.5 ± 0.7 |"
     one = reproduce.table({"A": [record(0, 0.1)]})              # one seed has no deviation
     assert one[2].startswith("| A | beams | 0.1000 | 0.2000 |")
+
+
+def test_worlds_are_told_where_they_were_noted(tmp_path):
+    (tmp_path / "worlds.json").write_text(json.dumps({"notes": [
+        {"factual": float(i), "erased": 5.0, "loss_ta": 1.0, "loss_ct": 2.0} for i in range(30)]}))
+    worlds = reproduce.at_the_end(tmp_path / "worlds.json")     # the last three
+    assert worlds == {"factual": 28.0, "erased": 5.0, "loss_ta": 1.0, "loss_ct": 2.0}
+    assert reproduce.at_the_end(tmp_path / "none.json") == {}
+    lines = reproduce.worlds_table({"A": [{"worlds": {}}], "B": [{"worlds": worlds}] * 2})
+    assert lines[2:] == ["| B | 28.000 ± 0.000 | 5.000 ± 0.000 | 1.000 ± 0.000 | 2.000 ± 0.000 |"]
+    assert not reproduce.worlds_table({"A": [{"worlds": {}}]})
 
 
 @pytest.fixture(scope="module")
