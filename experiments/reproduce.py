@@ -41,6 +41,7 @@ SHARED = {"data", "data_dir", "sample", "model", "chronological", "limit_train",
 HERE = {"data_dir", "model", "device"}  # what is elsewhere on another machine
 BEYOND = ("best, clock-aware", "best, order-aware", "best, order-blind",
           "co-occurrence, newest item", "co-occurrence, whole history", "popularity")
+SHARES = (0, 0.05, 0.1, 0.25, 0.5, 1)
 MISLED = "best, order-aware | reversed"
 
 # ----------------------------------------------------------------------------------------------
@@ -131,16 +132,22 @@ def short(folder: Path) -> dict:
             "effect": [round(x, 4) for x in record.get("effect", [])],
             "validation_ta": round(min(record["tuning"]["validation_ta"]), 4),
             "seconds": round(record["tuning"]["seconds"], 1), "rows": rows,
-            "worlds": at_the_end(folder / "worlds.json")}
+            "worlds": worlds_by_share(folder / "worlds.json")}
 
 
-def at_the_end(path: Path) -> dict[str, float]:
-    """What experiments.readings noted of the worlds, on average over the last tenth of tuning."""
+def worlds_by_share(path: Path) -> dict[str, list[float]]:
+    """What experiments.readings noted of the worlds, when each of SHARES of tuning was done: the
+    mean over the twentieth before, or the first note."""
     if not path.is_file():
         return {}
     notes = read_object(path)["notes"]
-    last = notes[-max(1, len(notes) // 10):]
-    return {key: round(float(np.mean([note[key] for note in last])), 4) for key in last[0]}
+    width, found = max(1, len(notes) // 20), {key: [] for key in notes[0]}
+    for share in SHARES:
+        last = max(1, round(share * len(notes)))
+        for key, values in found.items():
+            values.append(round(float(np.mean([
+                note[key] for note in notes[max(0, last - width):last]])), 4))
+    return found
 
 
 def means(records: list[dict], row: str) -> np.ndarray:
@@ -179,14 +186,17 @@ def table(records: Records) -> list[str]:
 
 
 def worlds_table(records: Records) -> list[str]:
-    """What the two worlds leave open about the next token at the end of tuning, and the losses."""
+    """How much the erased world leaves open about the next token in the course of tuning, and at
+    its end the factual world's entropy and the losses."""
     shown = {name: [r["worlds"] for r in of_seeds] for name, of_seeds in records.items()
              if of_seeds[0]["worlds"]}
-    lines = ["| | entropy, factual world | entropy, erased world | L_TA | L_CT |",
-             "|---|---|---|---|---|"] if shown else []
+    head = [f"erased at {100 * share:g} %" for share in SHARES]
+    lines = [f"| entropy, nats | {' | '.join(head)} | factual | L_TA | L_CT |",
+             "|---|" + "---|" * (len(head) + 3)] if shown else []
     for name, worlds in shown.items():
-        cells = [spread([w[key] for w in worlds], ".3f")
-                 for key in ("factual", "erased", "loss_ta", "loss_ct")]
+        cells = [spread(values, ".2f") for values in zip(*(w["erased"] for w in worlds))]
+        cells += [spread([w[key][-1] for w in worlds], ".3f")
+                  for key in ("factual", "loss_ta", "loss_ct")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 

@@ -23,8 +23,8 @@ def test_docstrings_lead_from_places_to_functions_classes_and_methods():
              '    def g(self):\n        """§4.3"""\n'
     assert code_of_places({"m": source}) == {"Eq. 2": ["m.f", "m.A"], "Eq. 3": ["m.A"],
                                              "§4.3": ["m.A.g"]}
-    assert names_of_tests("eq01", "def test_eq01_a():\n    def test_eq01_b(): 0\ndef test_eq010(): 0"
-                    ) == ["test_eq01_a", "test_eq010"]
+    tests = "def test_eq01_a():\n    def test_eq01_b(): 0\ndef test_eq010(): 0"
+    assert names_of_tests("eq01", tests) == ["test_eq01_a", "test_eq010"]
 
 
 def test_every_place_of_the_paper_has_a_function_and_a_test():

@@ -43,12 +43,14 @@ def test_a_table_is_mean_and_deviation_over_seeds_by_hand():
 
 def test_worlds_are_told_where_they_were_noted(tmp_path):
     (tmp_path / "worlds.json").write_text(json.dumps({"notes": [
-        {"factual": float(i), "erased": 5.0, "loss_ta": 1.0, "loss_ct": 2.0} for i in range(30)]}))
-    worlds = reproduce.at_the_end(tmp_path / "worlds.json")     # the last three
-    assert worlds == {"factual": 28.0, "erased": 5.0, "loss_ta": 1.0, "loss_ct": 2.0}
-    assert reproduce.at_the_end(tmp_path / "none.json") == {}
+        {"factual": float(i), "erased": 5.0, "loss_ta": 1.0, "loss_ct": 2.0} for i in range(40)]}))
+    worlds = reproduce.worlds_by_share(tmp_path / "worlds.json")
+    assert worlds["factual"] == [0, 0.5, 2.5, 8.5, 18.5, 38.5]
+    assert worlds["erased"] == [5] * 6
+    assert reproduce.worlds_by_share(tmp_path / "none.json") == {}
     lines = reproduce.worlds_table({"A": [{"worlds": {}}], "B": [{"worlds": worlds}] * 2})
-    assert lines[2:] == ["| B | 28.000 ± 0.000 | 5.000 ± 0.000 | 1.000 ± 0.000 | 2.000 ± 0.000 |"]
+    assert lines[2:] == ["| B | " + "5.00 ± 0.00 | " * 6 + "38.500 ± 0.000 | 1.000 ± 0.000 | "
+                         "2.000 ± 0.000 |"]
     assert not reproduce.worlds_table({"A": [{"worlds": {}}]})
 
 
