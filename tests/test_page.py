@@ -1,0 +1,226 @@
+"""experiments/page.py: the page holds the paper, live code and computed numbers, and it renders.
+
+Widths, sizes and errors are read in a real browser, which is driven by the W3C WebDriver protocol;
+without chromium and chromedriver these tests are skipped.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+import urllib.request
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+pytest.importorskip("pygments")
+
+import cetrec
+from experiments import page, passages
+from experiments.page import ROOT, code, markdown_table, source_of, typeset
+from experiments.readme import PLACES
+from support.synthetic import SyntheticWorld
+
+SMALL = {"limit_train": 64, "max_steps": 4, "batch_size": 16, "eval_sequences": 12}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(page.html, the scene that it shows)"""
+    out, draw, scenes = tmp_path_factory.mktemp("page"), SyntheticWorld.interactions, []
+    keep = page.scene_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SyntheticWorld, "interactions", lambda self, seed: draw(self, 120, seed))
+        patch.setitem(cetrec.TINY_BASES, "synthetic", cetrec.TinyBase(
+            pieces=300, hidden_size=32, intermediate_size=64, max_sequences=64))
+        patch.setattr(page, "SMALL", SMALL)
+        patch.setattr(page, "scene_of", lambda *given: scenes.append(keep(*given)) or scenes[0])
+        assert page.main(["--out", str(out)]) == 0
+    return out / "page.html", scenes[0]
+
+
+# ------------------------------------------------------------ What is on the page
+
+
+def test_every_place_of_the_paper_is_a_passage_with_tests_that_passed(made):
+    text = made[0].read_text(encoding="utf-8")
+    places = [part.place for part in passages.PASSAGES]
+    assert set(places) == PLACES.keys() - {"§4.2", "§4.4", "§5.1.3"}    # which are in others
+    assert all(f'<span class="place">{place}</span>' in text for place in places)
+    tests = re.findall(r'<li class="(\w+)"><code>(test_\w+)</code> (\w+)</li>', text)
+    assert len(tests) > 30 and {outcome for pair in tests for outcome in (pair[0], pair[2])} == {
+        "passed"}
+    assert text.count("<math") >= 20 and "§5.4" in text and "D15" in text
+    for name in ("GRU4Rec", "Caser", "SASRec", "P5", "E4SRec", "LLaRA", "CFT"):
+        assert f"<h3>{name}</h3>" in text
+
+
+def test_code_is_what_stands_in_the_files_now(made):
+    class Code(HTMLParser):
+        """Collects the text of every <pre><code>."""
+        found, inside = [], False
+
+        def handle_starttag(self, tag, attrs):
+            if tag == "code" and self.get_starttag_text() == "<code>" and self.before == "pre":
+                self.inside = True
+                self.found.append("")
+            self.before = tag
+
+        def handle_endtag(self, tag):
+            self.inside &= tag != "pre"
+
+        def handle_data(self, data):
+            if self.inside:
+                self.found[-1] += data
+    parser = Code()
+    parser.before = ""
+    parser.feed(made[0].read_text(encoding="utf-8"))
+    names = [name for part in passages.PASSAGES for name in part.code]
+    assert len(parser.found) == len(names) + len(passages.SYSTEMS)
+    for name, shown in zip(names, parser.found):
+        source = (ROOT / source_of(name)[0]).read_text(encoding="utf-8")
+        for line in shown.splitlines():
+            assert line.strip() in source
+        assert f"{name.rpartition('.')[2]}" in shown
+
+
+def test_the_page_asks_for_nothing_from_elsewhere_and_names_no_place(made):
+    text = made[0].read_text(encoding="utf-8")
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', text) and "<script" not in text
+    assert "@import" not in text and "url(" not in text and "/tmp" not in text
+
+
+def test_numbers_are_those_of_the_run(made):
+    text, scene = made[0].read_text(encoding="utf-8"), made[1]
+    targets, logits_f, _ = scene.worlds()
+    loss = torch_cross_entropy(logits_f, targets)
+    assert f"<td>{loss:.4f}</td>" in text
+    assert f"{scene.run.record['rows']['10 beams on titles | change, reversed']['HR@5'][0]:.0f} %" \
+        in text or scene.run.record["rows"]["10 beams on titles"]["HR@5"][0] == 0
+    assert "<th>p<sub>2</sub></th><td>0.909</td><td>−0.416</td><td>0.199</td>" in text
+
+
+def torch_cross_entropy(logits, targets):
+    p = logits.double().exp()
+    p = p / p.sum(dim=1, keepdim=True)
+    return float(-p[range(len(targets)), targets].log().mean())
+
+
+# ------------------------------------------------------------ What would break it
+
+
+def test_what_is_gone_is_found(made, monkeypatch):
+    scene, part = made[1], passages.PASSAGES[0]
+    with pytest.raises(ValueError, match="cetrec.nothing is not in cetrec.py"):
+        source_of("cetrec.nothing")
+    with pytest.raises(ValueError, match="no tests begin with test_eq99"):
+        page.passage(replace(part, tests="eq99"), scene, {})
+    passed = {"test_table1_the_prompt_asks_and_the_quoted_title_answers": "passed"}
+    with pytest.raises(ValueError, match="docs/readings.md has no D99"):
+        page.passage(replace(part, words="See D99."), scene, passed)
+    with pytest.raises(ValueError, match="or they did not run"):
+        page.passage(part, scene, {})
+
+
+def test_a_test_that_fails_is_shown_as_such(made):
+    passed = {"test_table1_the_prompt_asks_and_the_quoted_title_answers": "failed"}
+    assert '<li class="failed">' in page.passage(passages.PASSAGES[0], made[1], passed)
+
+
+def test_places_in_files_and_small_parts():
+    path, first, source = source_of("data.Tokenizer.examples")
+    assert (path, source.partition("(")[0]) == ("data.py", "def examples")      # and dedented
+    assert (ROOT / path).read_text("utf-8").splitlines()[first - 1].strip().startswith("def exampl")
+    assert source_of("cetrec.answer_log_likelihood")[2].startswith("@torch.no_grad()")
+    assert '<span class="k">def</span>' in code("cetrec.erase_order")
+    assert [typeset(x) for x in ("-0.000", "-1.5", "+2.0", "1 [-0.1, +0.2]", "a-1")] == [
+        "0.000", "−1.5", "+2.0", "1 [−0.1, +0.2]", "a-1"]
+    made = markdown_table("x | y\n\n| id | b |\n|---|---|\n| `c` | 1 < 2 |\n\nz\n", "| id |")
+    assert "<th>id</th>" in made and "<th><code>c</code></th><td>1 &lt; 2</td>" in made
+
+
+def test_a_run_that_is_there_can_be_shown_and_errors_are_one_line(tmp_path, capsys):
+    assert page.main(["--run", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    assert "none" in capsys.readouterr().err and not (tmp_path / "page.html").exists()
+
+
+# ------------------------------------------------------------ In a browser
+
+
+class Browser:
+    """A headless Chromium, by the W3C WebDriver protocol."""
+
+    def __init__(self, port: int):
+        self.process = subprocess.Popen([shutil.which("chromedriver"), f"--port={port}"],
+                                        stdout=subprocess.DEVNULL)
+        self.url = f"http://127.0.0.1:{port}/session"
+        for _ in range(100):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/status") as reply:
+                    if json.load(reply)["value"]["ready"]:
+                        break
+            except OSError:
+                time.sleep(0.1)
+        options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu"]}
+        self.url += "/" + self.ask("POST", "", {"capabilities": {"alwaysMatch": {
+            "browserName": "chrome", "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}}})["sessionId"]
+
+    def ask(self, method: str, path: str, body: dict | None = None):
+        request = urllib.request.Request(
+            self.url + path, method=method, headers={"Content-Type": "application/json"},
+            data=None if body is None else json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.load(reply)["value"]
+
+    def run(self, script: str):
+        return self.ask("POST", "/execute/sync", {"script": script, "args": []})
+
+    def command(self, name: str, **given):
+        return self.ask("POST", "/goog/cdp/execute", {"cmd": name, "params": given})
+
+    def log(self, kind: str) -> list[dict]:
+        return self.ask("POST", "/se/log", {"type": kind})
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("no chromium with chromedriver")
+    driver = Browser(9_517)
+    yield driver
+    driver.ask("DELETE", "")
+    driver.process.kill()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_renders_at_both_widths_without_errors_or_requests(made, browser, width, scheme):
+    browser.command("Emulation.setDeviceMetricsOverride", width=width, height=900,
+                    deviceScaleFactor=1, mobile=width < 500)
+    browser.command("Emulation.setEmulatedMedia", features=[
+        {"name": "prefers-color-scheme", "value": scheme}])
+    browser.log("performance")
+    browser.ask("POST", "/url", {"url": made[0].as_uri()})
+    wide = browser.run("return [...document.querySelectorAll('body *')].filter("
+                       "x => x.getBoundingClientRect().right > innerWidth + 1 && "
+                       "!x.closest('.table')).map(x => x.outerHTML.slice(0, 80))")
+    assert not wide and browser.run("return document.documentElement.scrollWidth") <= width
+    sizes = browser.run("return [...document.querySelectorAll('math')].map("
+                        "x => [x.getBoundingClientRect().width, x.getBoundingClientRect().height])")
+    assert len(sizes) >= 20 and all(a > 20 and b > 10 for a, b in sizes)
+    pictures = browser.run("return [...document.querySelectorAll('svg')].map("
+                           "x => x.getBoundingClientRect().width)")
+    assert len(pictures) == 4 and min(pictures) > 250
+    columns = browser.run("const [a, b] = document.querySelector('section').children;"
+                          "return [a, b].map(x => x.getBoundingClientRect().top)")
+    assert (columns[0] == columns[1]) == (width > 500)      # beside each other, or one by one
+    dark = browser.run("return getComputedStyle(document.body).backgroundColor")
+    assert (max(map(int, re.findall(r"\d+", dark))) < 60) == (scheme == "dark")
+    assert not browser.log("browser")
+    asked = [json.loads(entry["message"])["message"] for entry in browser.log("performance")]
+    urls = {x["params"]["request"]["url"] for x in asked
+            if x["method"] == "Network.requestWillBeSent"}
+    assert all(url == made[0].as_uri() or url.startswith("data:") for url in urls)
