@@ -18,12 +18,14 @@ import torch
 
 from cetrec import erase_order, sinusoidal
 from evaluate import METRICS
+from experiments.markup import STYLE
 from support.files import write_whole
 
 NO_MATPLOTLIB = "no figures: they want matplotlib; pip install matplotlib"
 DARK, MIDDLE, LIGHT = "#1b3a5c", "#d1761d", "#9cc7e0"       # lightness 0.23, 0.57, 0.77
 MARKS = "osD^"                  # of the four temporal embeddings
 WIDTH = 64                      # dimensions of the temporal picture
+WIDE = 6.5                      # inches: on a phone of 500 pixels the letters have nine
 
 
 def figures_available() -> bool:
@@ -36,15 +38,10 @@ def _figure(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _panels(count: int, columns: int, width: float, height: float):
-    """A figure with so many panels, so many beside one another, all on one scale."""
-    wide = min(columns, count)
-    rows = math.ceil(count / wide)
-    fig = _figure(width * wide + 0.6, height * rows)
-    panels = fig.subplots(rows, wide, sharey=True, squeeze=False).flatten()
-    for ax in panels[count:]:
-        ax.set_axis_off()
-    return fig, panels[:count]
+def _panels(count: int, height: float):
+    """A figure with so many panels below one another, all on one scale."""
+    fig = _figure(WIDE, height * count)
+    return fig, fig.subplots(count, 1, sharey=True, squeeze=False).flatten()
 
 
 def _bare(ax) -> None:
@@ -72,7 +69,7 @@ def training_curves(runs: Sequence):
     runs = [run for run in runs if any("loss_ta" in line for line in run.log)]
     if not runs:
         return None
-    fig, panels = _panels(len(runs), 2, 5.2, 3.8)
+    fig, panels = _panels(len(runs), 3.2)
     for ax, run in zip(panels, runs):
         steps = [line for line in run.log if "loss_ta" in line]
         step = np.array([line["step"] for line in steps])
@@ -97,62 +94,33 @@ def training_curves(runs: Sequence):
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter("{x:g}")
-        ax.tick_params(axis="y", which="both", labelsize=8)
+        ax.tick_params(axis="y", which="both", labelsize=9)
         ax.set_ylabel("nats per answer token")
         _bare(ax)
         ax.legend(frameon=False, fontsize=9, loc="center right")
     return fig
 
 
-def order_bars(runs: Sequence):
-    """Fig. 4: every metric on the test histories as they are, reversed and shuffled.
-
-    A panel for each run and kind of list; where there are several kinds, a row for each run.
-    """
-    orders = (("original", "", DARK, ""), ("reversed", " | reversed", MIDDLE, "//"),
-              ("shuffled", " | shuffled", LIGHT, ".."))
-    kinds = list(dict.fromkeys(kind for run in runs for kind in run.kinds))
-    shown = [(run, run.kinds.get(kind)) for run in runs for kind in kinds]
-    fig, panels = _panels(len(shown), len(kinds) if len(kinds) > 1 else 3, 4.2, 3.6)
-    for ax, (run, name) in zip(panels, shown):
-        if name is None:
-            ax.set_axis_off()
-            continue
-        place = np.arange(len(METRICS))
-        for i, (order, ending, colour, hatch) in enumerate(orders):
-            scores = run.record["rows"][name + ending]
-            mean, error = zip(*(scores[metric] for metric in METRICS))
-            ax.bar(place + 0.27 * (i - 1), mean, 0.25, yerr=error, color=colour, hatch=hatch,
-                   edgecolor="white", linewidth=0, error_kw={"elinewidth": 1, "capsize": 2},
-                   label=order)
-        ax.set_xticks(place, METRICS)
-        ax.set_title(f"{_label(run)} | {name}", fontsize=10, parse_math=False)
-        ax.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", columnspacing=1,
-                  handlelength=1.4)
-        _bare(ax)
-    fig.supylabel("mean ± standard error", fontsize=10)
-    panels[0].set_ylim(top=1.18 * panels[0].get_ylim()[1])          # room for the legend
-    return fig
-
-
-def change_bars(rates: dict[str, np.ndarray], made: str):
+def change_bars(rates: dict[str, tuple]):
     """Fig. 4: by how much each metric changes when the test histories are reversed.
 
-    rates: row of the table -> (seeds, 4) in per cent; made: the lists' name.
+    rates: what a bar stands for -> (mean (4,), error (4,) or None), in per cent. A change of
+    nothing, which is not a number, has no bar.
     """
-    fig, place = _figure(1.6 + 1.8 * len(METRICS), 3.8), np.arange(len(METRICS))
+    fig, place = _figure(WIDE, 3.6), np.arange(len(METRICS))
     ax, width = fig.subplots(), 0.84 / len(rates)
     hatches, shades = ("", "//", "..", "\\\\", "xx"), (DARK, MIDDLE, LIGHT, "0.75", "0.45")
-    for i, (name, values) in enumerate(rates.items()):
-        ax.bar(place + (i - (len(rates) - 1) / 2) * width, values.mean(axis=0), 0.92 * width,
-               yerr=values.std(axis=0, ddof=1) if len(values) > 1 else None, label=name,
-               color=shades[i % 5], hatch=hatches[i % 5], edgecolor="white", linewidth=0,
-               error_kw={"elinewidth": 1, "capsize": 2})
+    for i, (name, (mean, error)) in enumerate(rates.items()):
+        ax.bar(place + (i - (len(rates) - 1) / 2) * width, mean, 0.92 * width, yerr=error,
+               label=name, color=shades[i % 5], hatch=hatches[i % 5], edgecolor="white",
+               linewidth=0, error_kw={"elinewidth": 1, "capsize": 2})
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set_xticks(place, METRICS)
-    ax.set_ylabel("change under reversal, %")
-    ax.set_title(made, fontsize=10)
-    ax.legend(frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    ax.set_ylabel("change, %")
+    legend = ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.08),
+                       ncols=1 if max(map(len, rates)) > 24 else 3)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     _bare(ax)
     return fig
 
@@ -164,7 +132,7 @@ def entropy_curves(worlds: dict[str, list[dict]], vocabulary: int):
     """
     if not worlds:
         return None
-    fig, panels = _panels(len(worlds), 4, 2.9, 2.8)
+    fig, panels = _panels(len(worlds), 1.8)
     for ax, (name, notes) in zip(panels, worlds.items()):
         done = np.arange(1, len(notes) + 1) / len(notes)
         for world, colour, style in (("factual", DARK, "-"), ("erased", MIDDLE, "--")):
@@ -190,7 +158,7 @@ def lambda_curve(runs: Sequence):
     ticks = sorted({run.options["lambda_ct"] for run in runs})
     if len(ticks) < 2:
         return None
-    fig = _figure(8.4, 3.6)
+    fig = _figure(WIDE, 3.2)
     embeddings = sorted({run.options["temporal"] for run in runs})
     for ax, metric in zip(fig.subplots(1, 2), ("HR@5", "HR@10")):
         for mark, colour, embedding in zip(MARKS, (DARK, MIDDLE, "0.45", LIGHT), embeddings):
@@ -230,7 +198,7 @@ def temporal_picture(options: dict, titles: Sequence[str]):
     scale, what = 1.0, "sin and cos of the turn $R_k$ (Eq. 4)"
     if kind == "sinpe":
         scale, what = options["sinpe_scale"], "$p_k$ (Eq. 3)"
-    fig, top = _figure(10.5, 1.6 + 0.27 * n), scale or 1.0
+    fig, top = _figure(WIDE, 1.6 + 0.27 * n), scale or 1.0
     axes, middle = fig.subplots(1, 2, sharey=True), WIDTH // 2
     for ax, (world, pos) in zip(axes, (("factual world", k), ("erased world", erase_order(k)))):
         values = (scale * sinusoidal(pos, WIDTH)).numpy()
@@ -239,17 +207,16 @@ def temporal_picture(options: dict, titles: Sequence[str]):
                           vmax=top)
         ax.axvline(middle - 0.5, color=MIDDLE, linewidth=2)
         ax.set_title(world, fontsize=10)
-        ticks = np.arange(0, middle, 8)
-        ax.set_xticks([*ticks, *(ticks + middle)], [*(2 * ticks), *(2 * ticks + 1)], fontsize=8)
+        ticks = np.array([0, middle // 2])
+        ax.set_xticks([*ticks, *(ticks + middle)], [*(2 * ticks), *(2 * ticks + 1)], fontsize=9)
         ax.tick_params(axis="y", length=0)
-        ax.set_xlabel("even dimensions: sin      |      odd dimensions: cos", fontsize=9)
-    axes[0].set_yticks(range(n), [f"{_short(title)}  k = {x}"
-                                  for title, x in zip(titles, k.tolist())], fontsize=8,
+        ax.set_xlabel("even: sin   |   odd: cos", fontsize=9)
+    axes[0].set_yticks(range(n), [f"{_short(title, 22)}  k = {x}"
+                                  for title, x in zip(titles, k.tolist())], fontsize=9,
                        parse_math=False)
-    axes[0].set_ylabel("oldest first", fontsize=9)
-    bar = fig.colorbar(shown, ax=axes, fraction=0.03, pad=0.01)
+    bar = fig.colorbar(shown, ax=axes, fraction=0.04, pad=0.02)
     bar.set_label(what, fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    bar.ax.tick_params(labelsize=9)
     return fig
 
 
@@ -263,22 +230,22 @@ def case_study(runs: Sequence, user: int):
     sequence, answer = first.arrays["sequence"][user], int(first.arrays["target"][user])
     history = [int(item) for item in first.arrays["history"][user] if item >= 0]
     by_order = first.options["index"] == "order"        # else k is an age, not a place
-    rows, wide = math.ceil(len(runs) / 2), min(2, len(runs))
-    fig = _figure(3.2 + 5.4 * wide, 3.6 * rows)
-    axes = fig.subplots(rows, 1 + wide, squeeze=False, width_ratios=[3.2] + [5.4] * wide)
-    for ax in axes.flat:
+    heights = [len(history) + 3.2] + [12.6] * len(runs)         # in lines
+    fig = _figure(WIDE, 0.24 * sum(heights))
+    axes = fig.subplots(1 + len(runs), 1, height_ratios=heights)
+    for ax, lines in zip(axes, heights):
         ax.set_axis_off()
-        ax.set(xlim=(0, 1), ylim=(11.9, -1.2))
+        ax.set(xlim=(0, 1), ylim=(lines - 1.2, -1.2))
 
     def write(ax, x: float, y: float, text: str, **style) -> None:
-        ax.text(x, y, text, va="center", fontsize=8.5, parse_math=False, **style)
-    write(axes[0, 0], 0, -0.8, "history, oldest first", weight="bold")
+        ax.text(x, y, text, va="center", fontsize=9, parse_math=False, **style)
+    write(axes[0], 0, -0.8, "history, oldest first", weight="bold")
     for row, item in enumerate(history):
         steps = f"  [k = {len(history) - 1 - row}]" if by_order else ""
-        write(axes[0, 0], 0, 1 + row, _short(first.titles[item]) + steps)
-    write(axes[0, 0], 0, 1.2 + len(history), f"▶ {_short(first.titles[answer])}, the answer",
+        write(axes[0], 0.05, 0.2 + row, _short(first.titles[item], 60) + steps)
+    write(axes[0], 0, 0.4 + len(history), f"▶ {_short(first.titles[answer], 60)}, the answer",
           weight="bold", color=DARK)
-    for ax, run in zip(axes[:, 1:].flat, runs):
+    for ax, run in zip(axes[1:], runs):
         name = run.kinds.get(kind) or next(iter(run.kinds.values()))
         write(ax, 0, -0.8, f"{run.name} | {run.setting} | {name}", weight="bold")
         here = np.flatnonzero(run.arrays["sequence"] == sequence)
@@ -291,8 +258,8 @@ def case_study(runs: Sequence, user: int):
             for rank, item in enumerate(item for item in made if item >= 0):
                 hit = item == answer
                 style = {"weight": "bold", "color": DARK} if hit else {"color": "0.15"}
-                write(ax, x + 0.05, 1 + rank, str(rank + 1), ha="right", **style)
-                write(ax, x + 0.07, 1 + rank, _short(first.titles[item]) + " ◀" * hit, **style)
+                write(ax, x + 0.04, 1 + rank, str(rank + 1), ha="right", **style)
+                write(ax, x + 0.06, 1 + rank, _short(first.titles[item]) + " ◀" * hit, **style)
     return fig
 
 
@@ -300,14 +267,12 @@ PAGE = """\
 <!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{heading}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
-        color: #222; }}
-pre {{ font: 13px/1.45 ui-monospace, monospace; overflow-x: auto; background: #f6f6f4;
-       padding: 1rem; }}
-figure {{ margin: 2rem 0; overflow-x: auto; }}
-figcaption {{ color: #444; }}
-img {{ max-width: 100%; height: auto; }}
+<style>{style}
+body {{ max-width: 56rem; }}
+h2 {{ border-top: 1px solid var(--line); padding-top: 1.5rem; margin-top: 2rem; }}
+h3 {{ margin-top: 1.2rem; }}
+figure {{ margin: 2rem 0; }}
+img {{ width: 100%; max-width: 45rem; height: auto; background: white; }}
 </style></head><body>
 <h1>{heading}</h1>
 {body}
@@ -315,14 +280,14 @@ img {{ max-width: 100%; height: auto; }}
 """
 
 
-def write_page(folder: Path, heading: str, tables: Sequence[tuple[str, str]],
+def write_page(folder: Path, heading: str, parts: Sequence[tuple[str, str]],
                drawn: Sequence[tuple[str, str, object]], notes: Sequence[str]) -> Path:
     """Each figure as PNG and SVG, and report.html with all of them inside; each file appears whole.
 
-    tables: (title, text); drawn: (file name, caption, figure); notes: sentences below them.
+    parts: (title, HTML); drawn: (file name, caption, figure); notes: sentences below them.
     """
-    body = [f"<h2>{html.escape(title)}</h2>\n<pre>{html.escape(text)}</pre>"
-            for title, text in tables]
+    body = [part if title == heading else f"<h2>{html.escape(title)}</h2>\n{part}"
+            for title, part in parts]
     for name, caption, fig in drawn:
         for kind in ("png", "svg"):
             import matplotlib
@@ -339,6 +304,6 @@ def write_page(folder: Path, heading: str, tables: Sequence[tuple[str, str]],
                     f'src="data:image/svg+xml;base64,{image}">\n'
                     f"<figcaption>{html.escape(caption)}</figcaption></figure>")
     body += [f"<p>{html.escape(note)}</p>" for note in notes]
-    page = PAGE.format(heading=html.escape(heading), body="\n".join(body))
+    page = PAGE.format(heading=html.escape(heading), body="\n".join(body), style=STYLE)
     write_whole(folder / "report.html", page.encode())
     return folder / "report.html"

@@ -31,6 +31,7 @@ from cetrec import (cetrec_loss, erase_order, open_model, rotary, sinusoidal, tu
 from data import NO_ITEM, build_prompt, collate, encode_example
 from evaluate import (METRICS, GroundedBeams, beam_search, clean, device_of, ground, hit_ratio,
                       merge_lists, ndcg)
+from experiments.markup import STYLE, e, table
 from experiments.passages import PASSAGES, SYSTEMS, Passage
 from experiments.readme import names_of_tests, results
 from experiments.report import Run
@@ -93,26 +94,6 @@ def scene_of(folder: Path | None, given: dict) -> Scene:
 
 # ----------------------------------------------------------------------------------------------
 # HTML: code, tables, pictures
-
-
-def e(text) -> str:
-    """Text as HTML."""
-    return html.escape(str(text), quote=False)
-
-
-def typeset(cell: str) -> str:
-    """Numbers with a minus sign of their width, and without a sign where they are 0."""
-    return re.sub(r"(^|[\s\[])-(?=[\d.])", r"\1−", re.sub(r"^[-+](0\.0+)$", r"\1", cell))
-
-
-def table(head: list[str], rows: list[list], note: str = "") -> str:
-    """A table whose first column names things and whose others hold numbers."""
-    lines = "".join("<tr>" + "".join(
-        f"<{'td' if n else 'th'}>{typeset(cell)}</{'td' if n else 'th'}>"
-        for n, cell in enumerate(row)) + "</tr>" for row in rows)
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    return (f'<div class="table"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>'
-            f"</div>" + (f'<p class="note">{note}</p>' if note else ""))
 
 
 def markdown_table(text: str, heading: str = "") -> str:
@@ -462,7 +443,8 @@ def page(scene: Scene, passed: dict[str, str]) -> str:
     run = scene.run
     body = "".join(passage(part, scene, passed) for part in PASSAGES)
     return PAGE.format(
-        style=STYLE, links=links, body=body, systems="".join(system(*s) for s in SYSTEMS),
+        style=STYLE + OWN_STYLE, links=links, body=body,
+        systems="".join(system(*s) for s in SYSTEMS),
         readings=markdown_table(readings, "| id |"),
         results=markdown_table("\n".join(results()) + "\n"),
         made=f"{datetime.date.today():%d %B %Y}, from the run {e(run.name)} on the data "
@@ -470,37 +452,20 @@ def page(scene: Scene, passed: dict[str, str]) -> str:
              f"equations, {sum(x == 'passed' for x in passed.values())} passed")
 
 
-STYLE = """
-:root { --ink: #222; --faint: #777; --paper: #fffefb; --wash: #f5f3ec; --line: #ddd8cc;
-        --blue: #1b3a5c; --orange: #a3560f; --green: #3f6b3a; }
-@media (prefers-color-scheme: dark) {
-:root { --ink: #ddd9cf; --faint: #99958a; --paper: #1b1a18;
-        --wash: #24231f; --line: #3d3a33; --blue: #9cc0e4; --orange: #e0a96d; --green: #a3c69b; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 3rem 1.25rem; max-width: 84rem; color: var(--ink);
-       background: var(--paper); font: 1.0625rem/1.55 Georgia, "Iowan Old Style", "Times New Roman",
-       serif; }
-h1 { font-size: 2rem; font-weight: normal; line-height: 1.2; margin: 0 0 .5rem; }
-h2 { font-size: 1.3rem; font-weight: normal; margin: 0 0 .6rem; }
-h3 { font-size: 1.1rem; font-weight: normal; font-style: italic; margin: 0 0 .5rem; }
-p { margin: 0 0 .8rem; }
-a { color: var(--blue); text-decoration: none; margin-right: .7em; }
+OWN_STYLE = """
 nav { margin: 1.5rem 0; line-height: 1.9; }
 .place { color: var(--orange); margin-right: .4em; white-space: nowrap; }
-.made, .note, figcaption { color: var(--faint); font-size: .85rem; }
+.made { color: var(--faint); font-size: .85rem; }
 section { padding: 2.2rem 0; border-top: 1px solid var(--line); }
 section > div { min-width: 0; }
 @media (min-width: 62rem) {
   section { display: grid; grid-template-columns: 5fr 8fr; gap: 2rem; } }
 math { font-size: 1.1rem; margin: .8rem 0; max-width: 100%; }
-figure { margin: 0 0 1rem; }
+mtable { border: solid; border-width: 0 1px; border-radius: .5em; padding: 0 .3em; }
 pre { margin: .2rem 0 0; padding: .8rem 1rem; background: var(--wash); white-space: break-spaces;
       overflow-wrap: anywhere; font: 11px/1.55 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
-code { font: .85em ui-monospace, "DejaVu Sans Mono", Menlo, monospace; overflow-wrap: anywhere; }
 pre code { font: inherit; }
 p code { white-space: nowrap; }
-mtable { border: solid; border-width: 0 1px; border-radius: .5em; padding: 0 .3em; }
-sub, sup { line-height: 0; font-size: .75em; }
 .prompt { border-left: 3px solid var(--line); margin: .4rem 0 .8rem; }
 .item { color: #222; border: 1px solid #8883; border-radius: 2px; }
 .item sub { padding-left: .2em; }
@@ -512,12 +477,6 @@ sub, sup { line-height: 0; font-size: .75em; }
 .tests li.failed { color: var(--orange); font-weight: bold; }
 .tests li.failed::before { content: "✗ "; color: var(--orange); }
 .tests li.skipped::before { content: "– "; }
-.table { overflow-x: auto; margin: .6rem 0; }
-table { border-collapse: collapse; font-size: .85rem; line-height: 1.4;
-        font-variant-numeric: tabular-nums; }
-th, td { padding: .15rem .7rem .15rem 0; text-align: left; vertical-align: top;
-         font-weight: normal; }
-thead th { border-bottom: 1px solid var(--faint); color: var(--faint); }
 svg { width: 100%; height: auto; margin: .6rem 0; font: 12px Georgia, serif; fill: var(--ink); }
 .faint { stroke: var(--line); fill: none; } .axis { stroke: var(--ink); }
 .hand { stroke: var(--blue); stroke-width: 2; }
@@ -527,7 +486,7 @@ svg { width: 100%; height: auto; margin: .6rem 0; font: 12px Georgia, serif; fil
 .bar1 { fill: var(--orange); background: var(--orange); }
 .bar2 { fill: var(--green); background: var(--green); }
 .key { display: inline-block; width: .8em; height: .8em; }
-.wide { display: block; } .wide .table { max-width: 100%; }
+.wide { display: block; }
 @media print { body { font-size: 10pt; } pre { font-size: 7pt; } section { break-inside: avoid; } }
 """
 

@@ -6,6 +6,7 @@
 A list of ten is of one *kind*: beams, titles or exact, as the flag --lists calls them.
 """
 
+import datetime
 import hashlib
 import json
 import sys
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file
 
 from evaluate import METRICS, format_table, mean_and_error, summarise
 from experiments import figures
+from experiments.markup import e, score_table, table
 from support.files import read_object
 from support.runs import read_catalogue
 from support.terminal import Parser, exit_status
@@ -146,15 +148,15 @@ def members_of_groups(run: Run) -> dict[str, np.ndarray]:
     return groups | {"answer seen": seen, "answer unseen": ~seen}
 
 
-def groups_table(run: Run) -> str:
-    """What each kind of list is worth for each group that has members."""
+def groups(run: Run) -> dict[str, dict]:
+    """What each kind of list is worth for each group that has members, as rows of a table."""
     rows = {}
     for name in run.lists:
         values = run.arrays[f"values/{name}/original"]
         rows[name] = summarise(values)
         rows |= {f"{name} | {group} ({members.sum():,})": summarise(values[members])
                  for group, members in members_of_groups(run).items() if members.any()}
-    return format_table(rows)
+    return rows
 
 
 def agreement(one: np.ndarray, other: np.ndarray) -> float:
@@ -172,8 +174,9 @@ COLUMNS = {
     "exact firsts": "share of the first items of the exact lists that come first here too"}
 
 
-def lists_table(run: Run) -> str:
-    """What is recommended: a line for each kind of list, one for the answers, and a legend."""
+def recommended(run: Run) -> tuple[list[str], dict[str, list[str]]]:
+    """What is recommended: the columns that there is something in, and a line of cells for each
+    kind of list and for the answers."""
     popularity, targets = run.arrays["popularity"], run.arrays["target"]
     lists = {name: run.arrays[f"lists/{name}/original"] for name in run.lists}
     exact = lists.get(run.kinds.get("exact"))
@@ -190,12 +193,19 @@ def lists_table(run: Run) -> str:
         lines[name] = cells
     lines["test answers"] = ["", f"{popularity[targets].mean():.1f}"]
     shown = [i for i in range(len(COLUMNS)) if any("".join(c[i:i + 1]) for c in lines.values())]
-    names, width = list(COLUMNS), max(map(len, lines))
-    rows = {"": names} | {name: cells + [""] * len(names) for name, cells in lines.items()}
-    table = [f"{name:<{width}}" + "".join(f"{cells[i]:>{len(names[i]) + 2}}" for i in shown)
-             for name, cells in rows.items()]
-    return "\n".join(line.rstrip() for line in table) + "\n" + "\n".join(
-        f"  {names[i]}: {COLUMNS[names[i]]}" for i in shown)
+    return [list(COLUMNS)[i] for i in shown], {
+        name: [(cells + [""] * len(COLUMNS))[i] for i in shown] for name, cells in lines.items()}
+
+
+def lists_table(run: Run) -> str:
+    """The same as text, with a legend."""
+    names, lines = recommended(run)
+    width = max(map(len, lines))
+    rows = [f"{head:<{width}}" + "".join(f"{cell:>{len(name) + 2}}"
+                                         for name, cell in zip(names, cells))
+            for head, cells in ({"": names} | lines).items()]
+    return "\n".join(line.rstrip() for line in rows) + "\n" + "\n".join(
+        f"  {name}: {COLUMNS[name]}" for name in names)
 
 
 def standing(run: Run) -> str:
@@ -214,22 +224,51 @@ def standing(run: Run) -> str:
     return "\n".join(lines)
 
 
+BY_GROUP = "by length of history, and by whether training saw the answer"
+
+
+def effect(run: Run) -> str:
+    """The effect of order on the answers, where there is a temporal embedding, else nothing."""
+    answers = run.arrays.get("answers")
+    if answers is None:
+        return ""
+    (nats, error), (p, p_error) = (mean_and_error(part[:, 0] - part[:, 1])
+                                   for part in (answers, np.exp(answers)))
+    return ("effect of order on the answer (Eq. 7), factual minus erased world\n"
+            f"  log p {nats:+.4f} ± {error:.4f} nats, p {p:+.5f} ± {p_error:.5f}")
+
+
 def describe(run: Run) -> str:
     """All that is known of one run, as text."""
-    effect, answers = "", run.arrays.get("answers")
-    if answers is not None:                         # there is a temporal embedding
-        (nats, error), (p, p_error) = (mean_and_error(part[:, 0] - part[:, 1])
-                                       for part in (answers, np.exp(answers)))
-        effect = ("\neffect of order on the answer (Eq. 7), factual minus erased world\n"
-                  f"  log p {nats:+.4f} ± {error:.4f} nats, p {p:+.5f} ± {p_error:.5f}")
     parts = [
         f"{run.name} | {run.setting} | evaluation in {run.source}\n{run.record['protocol']}\n"
-        f"{format_table(run.record['rows'])}{effect}",
-        f"by length of history, and by whether training saw the answer\n{groups_table(run)}",
+        f"{format_table(run.record['rows'])}\n{effect(run)}".rstrip("\n"),
+        f"{BY_GROUP}\n{format_table(groups(run))}",
         f"what is recommended\n{lists_table(run)}"]
     if "best, order-blind" in run.record["rows"]:
         parts.append(standing(run))
     return "\n\n".join(parts)
+
+
+def shown(run: Run) -> str:
+    """The same as HTML, below what the run was: data, base, seed, day, options."""
+    o, versions = run.options, run.record.get("versions", {})
+    day = datetime.datetime.fromtimestamp((run.folder / run.source).stat().st_mtime).date()
+    facts = [["data", o["data"]], ["base", run.record.get("base", o["model"])],
+             ["method", run.setting], ["seed", o["seed"]], ["evaluated", f"{day:%d %B %Y}"],
+             ["on", f"{versions.get('device', 'unknown')}, torch {versions.get('torch', '?')}"]]
+    names, lines = recommended(run)
+    parts = [table(["", ""], [[name, e(value)] for name, value in facts]),
+             "<details><summary>all options</summary>" + table(["", ""], [
+                 [f"<code>{name}</code>", e(value)] for name, value in o.items()]) + "</details>",
+             score_table(run.record["rows"], e(run.record["protocol"])),
+             f"<p>{e(effect(run))}</p>" if effect(run) else "",
+             f"<h3>{BY_GROUP}</h3>", score_table(groups(run)), "<h3>what is recommended</h3>",
+             table(["", *names], [[e(name), *cells] for name, cells in lines.items()],
+                   "; ".join(f"{name}: {COLUMNS[name]}" for name in names))]
+    if "best, order-blind" in run.record["rows"]:
+        parts += [f"<p>{e(line.strip())}</p>" for line in standing(run).splitlines()]
+    return "\n".join(parts)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -274,33 +313,30 @@ def common_sequences(first: Run, run: Run) -> tuple[np.ndarray, np.ndarray]:
     return here, there
 
 
-def kind_table(runs: Sequence[Run], kind: str) -> str:
-    """What lists of one kind are worth, and what reversal changes: two lines for each run."""
+def kind_rows(runs: Sequence[Run], kind: str) -> dict[str, dict]:
+    """What lists of one kind are worth, and what reversal changes: two rows for each run."""
     rows = {}
     for run in runs:
         name, told = run.kinds[kind], f"{run.name}, {run.setting}"
         rows[told] = run.record["rows"][name]
         rows[f"{told} | change, reversed"] = run.record["rows"][f"{name} | change, reversed"]
-    return format_table(rows)
+    return rows
 
 
-def differences(first: Run, run: Run, kind: str) -> list[str]:
-    """Lines on what lists of one kind are worth in a run, minus what they are worth in the first.
-    """
+def differences(first: Run, run: Run, kind: str) -> tuple[str, list[list[str]]]:
+    """What lists of one kind are worth in a run, minus what they are worth in the first: a line on
+    that, and for each metric its name, the difference and its interval."""
     here, there = common_sequences(first, run)
     one = first.arrays[f"values/{first.kinds[kind]}/original"][here]
     other = run.arrays[f"values/{run.kinds[kind]}/original"][there]
-    return [f"{run.name} minus {first.name} on the same {len(here):,} test sequences, with the 95 "
-            "% interval of a paired bootstrap"] + [
-            f"  {name:<8}{difference:+.4f}  [{low:+.4f}, {high:+.4f}]"
+    return (f"{run.name} minus {first.name} on the same {len(here):,} test sequences, with the 95 "
+            "% interval of a paired bootstrap"), [
+            [name, f"{difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]"]
             for name, (difference, low, high) in paired_bootstrap(one, other).items()]
 
 
-def compare(runs: Sequence[Run]) -> str:
-    """What each run reached, and the differences to the first, paired, for each kind of list.
-
-    Raises ValueError for runs that cannot be compared.
-    """
+def comparable(runs: Sequence[Run]) -> None:
+    """Raise ValueError for runs that cannot be compared."""
     first, others = runs[0], runs[1:]
     for run in others:
         common_sequences(first, run)
@@ -308,29 +344,91 @@ def compare(runs: Sequence[Run]) -> str:
             raise ValueError(f"{run.name} has {', '.join(run.kinds)} and {first.name} has "
                              f"{', '.join(first.kinds)}: no lists of one kind; evaluate one of "
                              "them again with other --lists")
-    lines = [first.record["protocol"]]
-    if any(run.record["protocol"] != lines[0] for run in others):
-        lines = [f"{run.name} | {run.record['protocol']}" for run in runs]
+
+
+def protocols(runs: Sequence[Run]) -> list[str]:
+    """How the runs were evaluated: one line if all alike."""
+    lines = [run.record["protocol"] for run in runs]
+    return lines[:1] if len(set(lines)) == 1 else [
+        f"{run.name} | {line}" for run, line in zip(runs, lines)]
+
+
+def compared(runs: Sequence[Run]) -> list[tuple[str, dict, list]]:
+    """For each kind of list: the lists' names, the rows of a table, and the paired differences of
+    the others to the first run. Raises ValueError for runs that cannot be compared."""
+    comparable(runs)
+    first, parts = runs[0], []
     for kind in dict.fromkeys(kind for run in runs for kind in run.kinds):
         have = [run for run in runs if kind in run.kinds]
-        lines += ["", " / ".join(dict.fromkeys(run.kinds[kind] for run in have)),
-                  kind_table(have, kind)]
-        if kind in first.kinds:
-            for run in have[1:]:
-                lines += differences(first, run, kind)
+        parts.append((" / ".join(dict.fromkeys(run.kinds[kind] for run in have)),
+                      kind_rows(have, kind),
+                      [differences(first, run, kind) for run in have[1:] if kind in first.kinds]))
+    return parts
+
+
+def compare(runs: Sequence[Run]) -> str:
+    """What each run reached, and the differences to the first, for each kind of list, as text."""
+    lines = protocols(runs)
+    for names, rows, gaps in compared(runs):
+        lines += ["", names, format_table(rows)]
+        for told, of_metrics in gaps:
+            lines.append(told)
+            lines += [f"  {name:<8}{gap}  {interval}" for name, gap, interval in of_metrics]
     return "\n".join(lines)
+
+
+def compared_shown(runs: Sequence[Run]) -> str:
+    """The same as HTML."""
+    parts = [f"<p>{e(line)}</p>" for line in protocols(runs)]
+    for names, rows, gaps in compared(runs):
+        parts += [f"<h3>{e(names)}</h3>", score_table(rows)]
+        for told, of_metrics in gaps:
+            parts.append(table(["", *(name for name, _, _ in of_metrics)], [
+                ["difference", *(gap for _, gap, _ in of_metrics)],
+                ["interval", *(interval for _, _, interval in of_metrics)]], e(told)))
+    return "\n".join(parts)
 
 
 # ----------------------------------------------------------------------------------------------
 # The report
 
 
+def telling_user(run: Run, without: Run | None = None) -> int:
+    """The first test sequence whose answer the run lists as long as the history is in order, and
+    another run, if given, does not list; else the first of all."""
+    def lists_answer(of_run: Run, order: str) -> np.ndarray:
+        made = of_run.arrays[f"lists/{of_run.lists[0]}/{order}"]
+        return (made == of_run.arrays["target"][:, None]).any(axis=1)
+    served = lists_answer(run, "original") & ~lists_answer(run, "reversed")
+    if without is not None:
+        here, there = common_sequences(run, without)
+        missed = np.zeros(len(served), dtype=bool)
+        missed[here] = ~lists_answer(without, "original")[there]
+        served &= missed
+    return int(np.argmax(served))
+
+
+def change_rates(runs: Sequence[Run], kind: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Fig. 4's bars for one kind of list: what reversal changes in each run; for a single run what
+    reversal and shuffling change.  name -> (mean (4,), error (4,)), per cent"""
+    def bars(run: Run, how: str) -> tuple[np.ndarray, np.ndarray]:
+        scores = run.record["rows"][f"{run.kinds[kind]} | change, {how}"]
+        mean, error = np.array([scores[metric] for metric in METRICS], dtype=float).T
+        return mean, error
+    if len(runs) == 1:
+        return {how: bars(runs[0], how) for how in ("reversed", "shuffled")}
+    return {f"{run.name}, {run.setting}": bars(run, "reversed") for run in runs
+            if kind in run.kinds}
+
+
 def drawings(runs: Sequence[Run], user: int) -> list[tuple[str, str, object]]:
     """(file name, caption, figure) of all figures that there is something to draw for."""
-    drawn = [("training", "Losses while tuning", figures.training_curves(runs)),
-             ("order", "Test histories as they are, reversed and shuffled (Fig. 4)",
-              figures.order_bars(runs)),
-             ("lambda", "Hit ratio against λ", figures.lambda_curve(runs))]
+    drawn = [("training", "Losses while tuning", figures.training_curves(runs))]
+    for kind in dict.fromkeys(kind for run in runs for kind in run.kinds):
+        drawn.append((f"order-{kind}", "Change of the metrics when test histories are "
+                      f"{'reversed' if len(runs) > 1 else 'reversed or shuffled'} (Fig. 4), lists: "
+                      f"{kind}", figures.change_bars(change_rates(runs, kind))))
+    drawn.append(("lambda", "Hit ratio against λ", figures.lambda_curve(runs)))
     history = [item for item in runs[0].arrays["history"][user].tolist() if item >= 0]
     different: dict[tuple, Run] = {}                # runs of one setting share a picture
     for run in runs:
@@ -346,20 +444,25 @@ def drawings(runs: Sequence[Run], user: int) -> list[tuple[str, str, object]]:
     return [entry for entry in drawn if entry[2] is not None]
 
 
-def write_report(runs: Sequence[Run], folder: Path, user: int = 0) -> str:
-    """Write figures and report.html of one run or several. Returns a line on what was written."""
+def write_report(runs: Sequence[Run], folder: Path, user: int | None = None) -> str:
+    """Write figures and report.html of one run or several. Returns a line on what was written.
+
+    user: the test sequence of the case study; None looks for one whom order serves.
+    """
     n = len(runs[0].arrays["target"])
+    if user is None:
+        user = telling_user(runs[0])
     if not 0 <= user < n:
         raise ValueError(f"--user is {user}; {runs[0].name} was tested on sequences 0 to {n - 1}")
-    tables = [(run.name, describe(run)) for run in runs]
+    parts = [(run.name, shown(run)) for run in runs]
     if len(runs) > 1:
-        tables.insert(0, ("comparison", compare(runs)))
+        parts.insert(0, ("comparison", compared_shown(runs)))
     available = figures.figures_available()
     drawn = drawings(runs, user) if available else []
     notes = [] if available else [figures.NO_MATPLOTLIB]
     folder.mkdir(parents=True, exist_ok=True)
     heading = ", ".join(run.name for run in runs)
-    path = figures.write_page(folder, heading, tables, drawn, notes)
+    path = figures.write_page(folder, heading, parts, drawn, notes)
     return f"report {path} | {len(drawn)} figures beside it" + "".join(f" | {n}" for n in notes)
 
 
@@ -369,8 +472,9 @@ def main(argv: list[str] | None = None) -> int:
                 description="Report on one run, or compare several on the test sequences that they "
                 "share: tables, figures, and a report.html that opens without a network.")
     ap.add_argument("runs", nargs="+", metavar="RUN", help="run folders, as cetrec.py writes them")
-    ap.add_argument("--user", type=int, default=0, metavar="N", help="test sequence of the case "
-                    "study (Fig. 5), counted from 0 in the first run (default: %(default)s)")
+    ap.add_argument("--user", type=int, metavar="N", help="test sequence of the case study (Fig. "
+                    "5), counted from 0 in the first run (default: the first whose answer is "
+                    "listed, and is not when the history is reversed)")
     ap.add_argument("--out", metavar="DIR", help="folder for figures and report.html (default: the "
                     "run's own; for several runs, comparison beside the first)")
     given = ap.parse_args(argv)

@@ -30,7 +30,7 @@ import cetrec
 from evaluate import METRICS
 from experiments import figures, readings
 from experiments.cells import Cells
-from experiments.report import Run, common_sequences, paired_bootstrap
+from experiments.report import Run, common_sequences, paired_bootstrap, telling_user
 from support.files import read_object, write_whole
 from support.options import Options, Where, add_flags, as_flag, parse
 from support.terminal import Parser, exit_status
@@ -250,12 +250,14 @@ def drawings(target: str, runs: dict[str, list[Run]]) -> dict[str, object]:
         return {}
     first = [of_seeds[0] for of_seeds in runs.values()]
     if target == "FIGURE4":
-        rates = {name: means([short(run.folder) for run in of_seeds],
-                             f"{of_seeds[0].lists[0]} | change, reversed")
+        ending = f"{first[0].lists[0]} | change, reversed"
+        rates = {name: means([short(run.folder) for run in of_seeds], ending)
                  for name, of_seeds in runs.items()}
-        return {target: figures.change_bars(rates, first[0].lists[0])}
+        return {target: figures.change_bars({
+            name: (values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None)
+            for name, values in rates.items()})}
     if target == "FIGURE5":
-        return {target: figures.case_study(first, telling_user(*first))}
+        return {target: figures.case_study(first, telling_user(*reversed(first)))}
     if target == "LAMBDA":
         return {target: figures.lambda_curve([run for of_seeds in runs.values()
                                               for run in of_seeds])}
@@ -264,16 +266,6 @@ def drawings(target: str, runs: dict[str, list[Run]]) -> dict[str, object]:
                   for name, run in zip(runs, first) if (run.folder / "worlds.json").is_file()}
         return {target: figures.entropy_curves(worlds, first[0].record["vocabulary"])}
     return {}
-
-
-def telling_user(plain: Run, temporal: Run) -> int:
-    """The first test sequence whose answer the second run lists as long as the history is in
-    order, while the first run does not list it; else the first of all."""
-    name, answers = temporal.lists[0], temporal.arrays["target"][:, None]
-    found, lost = ((temporal.arrays[f"lists/{name}/{order}"] == answers).any(axis=1)
-                   for order in ("original", "reversed"))
-    missed = (plain.arrays[f"lists/{plain.lists[0]}/original"] != answers).all(axis=1)
-    return int(np.argmax(found & ~lost & missed))
 
 
 # ----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ The tests after the golden one prove its numbers.
 """
 
 import base64
+import datetime
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from data import (IGNORE, NO_ITEM, collate, encode_example,
 from evaluate import METRICS, Lists, format_table
 from experiments import explain, figures, recommend, report
 from experiments.explain import explanation
+from experiments.markup import score_table
 from experiments.report import Run, agreement, compare, describe, paired_bootstrap, read_runs
 from experiments.titles import resolve_titles, side_by_side
 from llama import load_llama
@@ -783,6 +785,11 @@ def test_agreement_of_lists_by_hand():
     assert agreement(one, other) == pytest.approx(3 / 5)
 
 
+def numbers(text: str) -> Counter:
+    """How often each number with decimals stands in a text."""
+    return Counter(re.findall(r"\d+\.\d+", text))
+
+
 def rows_of(text: str) -> dict[str, list[float]]:
     """The means of a table of metrics, by the name of their row."""
     return {line[:-68].strip(): [float(mean) for mean in re.findall(r"(\S+) ± ", line)]
@@ -804,7 +811,7 @@ def test_groups_are_a_partition_by_length_and_by_what_training_saw(runs):
     for name, members in wanted.items():
         assert (groups[name] == members).all(), name
     name = run.kinds["beams"]
-    table = report.groups_table(run).split(name)[1]
+    table = format_table(report.groups(run)).split(name)[1]
     told = rows_of(f"\n{name}{table}")
     assert told.pop(name) == pytest.approx(run.arrays[f"values/{name}/original"].mean(0), abs=6e-5)
     assert told.keys() == {f"{group} ({members.sum()})" for group, members in wanted.items()
@@ -867,7 +874,7 @@ def test_the_description_of_a_run_holds_its_table_and_fits_100_columns(runs, run
     for one in (run, more):
         text = describe(one)
         assert format_table(one.record["rows"]) in text and one.record["protocol"] in text
-        assert report.groups_table(one) in text and report.lists_table(one) in text
+        assert format_table(report.groups(one)) in text and report.lists_table(one) in text
         assert report.standing(one) in text and f"evaluation in {one.source}" in text
         assert max(map(len, text.splitlines())) <= 100
         log_p = one.arrays["answers"]
@@ -929,7 +936,13 @@ def test_one_run_is_printed_and_reported_in_its_own_folder(run_folder, capsys, m
     text = capsys.readouterr().out
     assert text.startswith(f"{told}\nreport {folder}/report.html")
     page = Page(folder / "report.html")
-    assert page.text["h1"] == ["copied"] and "".join(page.text["pre"]) == told
+    assert page.text["h1"] == ["copied"] and "h2" not in page.text
+    assert numbers(" ".join(page.text["td"] + page.text["p"])) >= numbers(told)
+    assert "pre" not in page.tags
+    for wanted in ("synthetic", "rope, λ = 0.1", f"{datetime.date.today():%d %B %Y}"):
+        assert wanted in page.text["td"]
+    options = dict(zip(page.text["code"], page.text["td"][6:]))
+    assert options["lambda_ct"] == "0.1" and options["length_penalty"] == "0.0"
 
 
 def test_several_runs_are_compared_in_a_folder_beside_the_first(runs, compared, run_folder):
@@ -937,13 +950,14 @@ def test_several_runs_are_compared_in_a_folder_beside_the_first(runs, compared, 
     page = Page(compared / "report.html")
     assert page.text["h1"] == ["synthetic-rope-1, more"]
     assert page.text["h2"] == ["comparison", "synthetic-rope-1", "more"]
-    assert page.text["pre"] == [compare([run, more]), describe(run), describe(more)]
+    told = compare([run, more]) + describe(run) + describe(more)
+    assert numbers(" ".join(page.text["td"] + page.text["p"])) >= numbers(told)
 
 
 def test_out_and_user_choose_folder_and_case(run_folder, test_set, tmp_path, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(figures, "figures_available", lambda: True)
-    for name in ("training_curves", "order_bars", "lambda_curve"):
+    for name in ("training_curves", "change_bars", "lambda_curve"):
         monkeypatch.setattr(figures, name, lambda runs: None)
     monkeypatch.setattr(figures, "temporal_picture", lambda options, titles: seen.append(titles))
     monkeypatch.setattr(figures, "case_study", lambda runs, user: seen.append(user))
@@ -975,12 +989,13 @@ def test_a_report_can_be_written_without_matplotlib(runs, run_folder, tmp_path, 
                                  "figures: they want matplotlib; pip install matplotlib\n")
     assert captured.err == "" and [p.name for p in tmp_path.iterdir()] == ["report.html"]
     page = Page(tmp_path / "report.html")
-    assert page.tags["pre"] == 3 and page.tags["img"] == 0
-    assert page.text["p"] == ["no figures: they want matplotlib; pip install matplotlib"]
+    assert page.text["h2"][0] == "comparison" and page.tags["img"] == 0
+    assert page.text["p"][-1:] == ["no figures: they want matplotlib; pip install matplotlib"]
 
 
 def test_every_figure_is_a_png_and_an_svg_beside_the_page(compared):
-    names = {"training", "order", "temporal-synthetic-rope-1", "case"}      # of one setting
+    names = {"training", "order-beams", "order-titles", "order-exact",
+             "temporal-synthetic-rope-1", "case"}               # of one setting
     assert {p.name for p in compared.iterdir()} == {"report.html"} | {
         f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     for name in names:
@@ -994,7 +1009,7 @@ def test_the_page_holds_its_figures_and_loads_nothing(compared):
     page = Page(compared / "report.html")
     assert not {"script", "link", "iframe", "object", "embed", "base"} & page.tags.keys()
     prefix = "data:image/svg+xml;base64,"
-    assert len(page.links) == page.tags["img"] == 4
+    assert len(page.links) == page.tags["img"] == 6
     assert all(link.startswith(prefix) for link in page.links)
     bare = re.sub(rf"{re.escape(prefix)}[A-Za-z0-9+/=]+", "", text)
     assert not re.search(r"https?:|//|url\(|@import", bare)
@@ -1009,18 +1024,31 @@ def test_the_page_holds_its_figures_and_loads_nothing(compared):
 
 
 def test_the_page_shows_markup_as_text(tmp_path):
-    shown = "a <b>b</b> & c", "<i>", "<u>1</u> &lt; 2", "<script>x</script>"
-    figures.write_page(tmp_path, shown[0], [shown[1:3]], [], shown[3:])
+    shown = "a <b>b</b> & c", "<i>", "<script>x</script>"
+    part = score_table({"<u>1</u> &lt; 2": dict.fromkeys(METRICS, (1.0, 0.5))})
+    figures.write_page(tmp_path, shown[0], [(shown[1], part)], [], shown[2:])
     page = Page(tmp_path / "report.html")
     assert not {"b", "i", "u", "script"} & page.tags.keys()
-    assert tuple("".join(page.text[tag]) for tag in ("h1", "h2", "pre", "p")) == shown
-    assert page.text["title"] == [shown[0]]
+    assert tuple("".join(page.text[tag]) for tag in ("h1", "h2", "p")) == shown
+    assert page.text["title"] == [shown[0]] and "<u>1</u> &lt; 2" in "".join(page.text["th"])
+
+
+def test_a_table_of_scores_leaves_out_what_is_not_a_number():
+    nan = math.nan
+    made = score_table({"beams": {"HR@5": (0.25, 0.125), "HR@10": (1.0, nan)},
+                        "beams | change, reversed": {"HR@5": (-50.0, nan), "HR@10": (nan, nan)},
+                        "popularity": {"HR@5": (0.0, 0.0), "HR@10": (0.0, 0.0)}})
+    assert "nan" not in made
+    assert "<tr><th>beams</th><td>0.2500 ± 0.1250</td><td>1.0000</td></tr>" in made
+    assert '<th class="below">change, reversed</th><td>−50.0 %</td><td></td></tr>' in made
+    assert "<th>popularity</th>" in made
 
 
 @pytest.mark.parametrize("name, title", [("at$5_^$6", "Heat"), ("run", "A$AP_^ Ke$ha")])
 def test_dollars_in_names_and_titles_are_dollars(run_folder, draw, name, title):
     run = replace(Run.from_folder(run_folder), name=name)
-    for fig in (draw.temporal_picture(run.options, [title] * 3), draw.order_bars([run]),
+    for fig in (draw.temporal_picture(run.options, [title] * 3),
+                draw.change_bars({title: (np.zeros(4), None)}),
                 draw.training_curves([run]),
                 draw.case_study([replace(run, titles=[title] * 300)], 0)):
         fig.set_layout_engine("none")           # which is slow
@@ -1033,10 +1061,10 @@ def test_each_setting_has_its_temporal_picture(run_folder, draw):
     other = replace(other, record=other.record | {
         "options": other.options | {"temporal": "sinpe", "lambda_ct": 0.0}})
     drawn = [name for name, _, _ in report.drawings([one, alike, other], 0)]
-    assert drawn == ["training", "order", "lambda", f"temporal-{one.name}",
+    assert drawn == ["training", "order-beams", "order-titles", "lambda", f"temporal-{one.name}",
                      f"temporal-{other.name}", "case"]
-    assert [name for name, _, _ in report.drawings([one], 0)] == ["training", "order", "temporal",
-                                                                  "case"]
+    assert [name for name, _, _ in report.drawings([one], 0)] == [
+        "training", "order-beams", "order-titles", "temporal", "case"]
 
 
 def test_the_same_figures_are_the_same_bytes(run_folder, tmp_path, draw):
@@ -1090,35 +1118,46 @@ def with_scores(run: Run, name: str, start: float, **options) -> Run:
                                                         "rows": rows})
 
 
-def test_order_bars_are_as_high_as_the_metrics(run, draw):
+def test_change_bars_are_as_long_as_the_changes(run, draw):
     from matplotlib.container import BarContainer
-    shown = [with_scores(run, "a", 0.1), with_scores(run, "b", 0.3, lambda_ct=2.0)]
-    panels = draw.order_bars(shown).axes
-    wanted = [(one, kind) for one in shown for kind in one.kinds.values()]
-    for ax, (one, kind) in zip(panels, wanted, strict=True):
-        λ = one.options["lambda_ct"]
-        assert ax.get_title() == f"{one.name}\nrope, λ = {λ:g} | {kind}"
+    run = replace(run, record=run.record | {"rows": run.record["rows"] | {
+        f"{made} | change, {how}": {metric: (-10.0 * n - i - start, 0.5 + i)
+                                    for i, metric in enumerate(METRICS)}
+        for n, made in enumerate(run.kinds.values())
+        for start, how in ((0.25, "reversed"), (0.75, "shuffled"))}})
+    alone = report.change_rates([run], "titles")
+    assert list(alone) == ["reversed", "shuffled"]
+    two = report.change_rates([run, replace(run, name="b")], "beams")
+    assert list(two) == [f"{run.name}, rope, λ = 0.1", "b, rope, λ = 0.1"]
+    assert report.change_rates([run, run], "exact") == {}
+    for rates in (alone, two):
+        (ax,) = draw.change_bars(rates).axes
         assert [label.get_text() for label in ax.get_xticklabels()] == list(METRICS)
         bars = [group for group in ax.containers if isinstance(group, BarContainer)]
-        assert [group.get_label() for group in bars] == ["original", "reversed", "shuffled"]
-        for group in bars:
-            order = group.get_label()
-            scores = one.record["rows"][kind if order == "original" else f"{kind} | {order}"]
-            assert [bar.get_height() for bar in group] == [mean for mean, _ in scores.values()]
+        assert [group.get_label() for group in bars] == list(rates)
+        for group, (mean, error) in zip(bars, rates.values(), strict=True):
+            assert [bar.get_height() for bar in group] == mean.tolist()
             (segments,) = group.errorbar.lines[2]
             ends = [(segment[0, 1], segment[1, 1]) for segment in segments.get_segments()]
-            assert np.array(ends) == pytest.approx(
-                np.array([(m - e, m + e) for m, e in scores.values()]))
-        tops = [bar.get_height() for group in bars for bar in group]
-        assert max(tops) < ax.get_ylim()[1]
+            assert np.array(ends) == pytest.approx(np.stack([mean - error, mean + error], axis=1))
+    assert alone["shuffled"][0].tolist() == [-10.75, -11.75, -12.75, -13.75]
+    assert two["b, rope, λ = 0.1"][0].tolist() == [-0.25, -1.25, -2.25, -3.25]
 
 
-def test_order_bars_leave_a_gap_where_a_run_has_no_lists_of_a_kind(runs, run, draw):
-    more = Run.from_folder(runs / "more")
-    panels = draw.order_bars([run, more]).axes
-    assert [ax.get_title().rpartition(" | ")[2] for ax in panels] == [
-        run.kinds["beams"], run.kinds["titles"], "", more.kinds["beams"], "", more.kinds["exact"]]
-    assert [ax.axison for ax in panels] == [True, True, False, True, False, True]
+def test_the_default_user_is_one_whom_order_serves(run):
+    name = run.lists[0]
+    target = run.arrays["target"]
+    hit, miss = (np.full((40, 10), -1) for _ in range(2))
+    hit[:, 4] = target
+    original, backward = miss.copy(), miss.copy()
+    original[[3, 7, 9]], backward[3] = hit[[3, 7, 9]], hit[3]
+    served = replace(run, arrays=run.arrays | {f"lists/{name}/original": original,
+                                               f"lists/{name}/reversed": backward})
+    assert report.telling_user(served) == 7                     # 3 is served by any order
+    other = replace(served, arrays=served.arrays | {f"lists/{name}/original": np.where(
+        np.arange(40)[:, None] == 7, hit, miss)})
+    assert report.telling_user(served, other) == 9              # the other run finds 7, too
+    assert report.telling_user(other, other) == 0               # nobody: the first
 
 
 def lines_of(ax, **wanted) -> list[np.ndarray]:
@@ -1213,10 +1252,10 @@ def test_the_case_study_names_history_answer_and_twenty_titles(run, draw):
     answer = int(arrays["target"][user])
     arrays[f"lists/{name}/original"][user, 3] = answer
     arrays[f"lists/{name}/reversed"][user, 9] = -1          # a catalogue used up
-    left, right = draw.case_study([replace(run, arrays=arrays)], user).axes
+    above, below = draw.case_study([replace(run, arrays=arrays)], user).axes
     history = [run.titles[item] for item in arrays["history"][user] if item >= 0]
     n = len(history)
-    assert texts(left) == ["history, oldest first", *(
+    assert texts(above) == ["history, oldest first", *(
         f"{title}  [k = {n - 1 - i}]" for i, title in enumerate(history)),
         f"▶ {run.titles[answer]}, the answer"]
     wanted = [f"synthetic-rope-1 | rope, λ = 0.1 | {name}"]
@@ -1226,8 +1265,8 @@ def test_the_case_study_names_history_answer_and_twenty_titles(run, draw):
             if item >= 0:
                 mark = " ◀" if item == answer else ""
                 wanted += [str(rank + 1), f"{run.titles[item]}{mark}"]
-    assert texts(right) == wanted and sum("◀" in text for text in texts(right)) >= 1
-    bold = [text.get_text() for text in right.texts if text.get_weight() == "bold"]
+    assert texts(below) == wanted and sum("◀" in text for text in texts(below)) >= 1
+    bold = [text.get_text() for text in below.texts if text.get_weight() == "bold"]
     assert f"{run.titles[answer]} ◀" in bold
 
 

@@ -19,7 +19,8 @@ pytest.importorskip("pygments")
 
 import cetrec
 from experiments import page, passages
-from experiments.page import ROOT, code, markdown_table, source_of, typeset
+from experiments.markup import typeset
+from experiments.page import ROOT, code, markdown_table, source_of
 from experiments.readme import PLACES
 from support.synthetic import SyntheticWorld
 

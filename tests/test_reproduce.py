@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import cetrec
-from evaluate import METRICS
 from experiments import figures, reproduce
 from experiments.report import Run
 from support.synthetic import SyntheticWorld
@@ -130,24 +129,6 @@ def test_figures_are_drawn_where_there_is_something_to_draw(made):
         assert (made / "reproduce" / f"{target}-synthetic.svg").stat().st_size > 5_000
     assert not (made / "reproduce" / "TABLE4-synthetic.svg").exists()
     assert figures.entropy_curves({}, 300) is None
-    fig = figures.change_bars({"A": np.array([[-10.0, -20, -30, -40], [-20.0, -30, -40, -50]]),
-                               "B": np.zeros((2, 4))}, "beams")
-    assert [bar.get_height() for bar in fig.axes[0].patches[:4]] == [-15, -25, -35, -45]
-    assert [text.get_text() for text in fig.axes[0].get_xticklabels()] == list(METRICS)
-
-
-def test_the_user_of_figure_5_is_one_whom_order_serves():
-    class Lists:
-        lists = ["beams"]
-
-        def __init__(self, original, backward):
-            self.arrays = {"target": np.array([7, 8, 9]),
-                           "lists/beams/original": np.array(original),
-                           "lists/beams/reversed": np.array(backward)}
-    plain = Lists([[7, 1], [1, 2], [1, 2]], [[7, 1], [8, 2], [1, 2]])
-    temporal = Lists([[7, 1], [8, 2], [1, 9]], [[1, 2], [3, 8], [2, 3]])
-    assert reproduce.telling_user(plain, temporal) == 2
-    assert reproduce.telling_user(temporal, temporal) == 0      # nobody: the first
 
 
 def test_what_cannot_be_is_one_line(tmp_path, capsys):
