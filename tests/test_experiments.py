@@ -937,7 +937,7 @@ def test_one_run_is_printed_and_reported_in_its_own_folder(run_folder, capsys, m
     assert text.startswith(f"{told}\nreport {folder}/report.html")
     page = Page(folder / "report.html")
     assert page.text["h1"] == ["copied"] and "h2" not in page.text
-    assert numbers(" ".join(page.text["td"] + page.text["p"])) >= numbers(told)
+    assert numbers(" ".join(page.text["td"] + page.text["p"] + page.text["th"])) >= numbers(told)
     assert "pre" not in page.tags
     for wanted in ("synthetic", "rope, λ = 0.1", f"{datetime.date.today():%d %B %Y}"):
         assert wanted in page.text["td"]
@@ -951,7 +951,7 @@ def test_several_runs_are_compared_in_a_folder_beside_the_first(runs, compared, 
     assert page.text["h1"] == ["synthetic-rope-1, more"]
     assert page.text["h2"] == ["comparison", "synthetic-rope-1", "more"]
     told = compare([run, more]) + describe(run) + describe(more)
-    assert numbers(" ".join(page.text["td"] + page.text["p"])) >= numbers(told)
+    assert numbers(" ".join(page.text["td"] + page.text["p"] + page.text["th"])) >= numbers(told)
 
 
 def test_out_and_user_choose_folder_and_case(run_folder, test_set, tmp_path, capsys, monkeypatch):
