@@ -185,7 +185,7 @@ def counterfactual_loss(logits_f: Tensor, logits_cf: Tensor, targets: Tensor) ->
     distribution, but a difference of distributions sums to 0; we take logits, as CFT does (D3).
     Where the worlds agree, the effect is zero, its softmax uniform, and the loss ln V with no
     gradient: L_CT begins to work once L_TA has given the temporal embedding an influence. What it
-    rewards in the end is an erased world that predicts nothing; docs/readings.md has the argument.
+    rewards in the end is an erased world that predicts nothing; docs/rewards.md has the argument.
     """
     effect = logits_f - logits_cf
     return F.cross_entropy(effect, targets)

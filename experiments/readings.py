@@ -129,10 +129,9 @@ class Reading:
         logits_f, logits_cf = world_logits(model, batch, batch.item_pos, self.erase(batch.item_pos))
         loss_ta = temporal_aware_loss(logits_f, batch.targets)
         loss_ct = F.cross_entropy(self.effect(logits_f, logits_cf), batch.targets)
-        if model.training:
-            with torch.no_grad():
-                self.notes.append({"factual": entropy(logits_f), "erased": entropy(logits_cf),
-                                   "loss_ta": float(loss_ta), "loss_ct": float(loss_ct)})
+        with torch.no_grad():           # while tuning only: validation runs one world
+            self.notes.append({"factual": entropy(logits_f), "erased": entropy(logits_cf),
+                               "loss_ta": float(loss_ta), "loss_ct": float(loss_ct)})
         return loss_ta + lambda_ct * loss_ct, loss_ta, loss_ct
 
 

@@ -17,7 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from evaluate import METRICS
-from experiments.reproduce import RESULTS, lists_of, means, read_records, spread, told
+from experiments.reproduce import RESULTS, means, read_records, rows_of, spread, told, worlds_table
 from support.files import write_whole
 from support.options import Options, Where, as_flag, told_default
 from support.terminal import Parser, exit_status
@@ -123,24 +123,20 @@ def first_run() -> list[str]:
 
 
 def results() -> list[str]:
-    """Table 4 on every data set that has records, in short."""
-    lines = ["| data | system | list | HR@5 | HR@10 | NDCG@10 reversed, % |",
-             "|---|---|---|---|---|---|"]
+    """Table 4 on every data set that has records, in short: the lists of ten beams on titles."""
+    lines = ["| data | system | HR@5 | HR@10 | NDCG@10 reversed, % |", "|---|---|---|---|---|"]
+    made = "10 beams on titles"
     columns = [list(METRICS).index(name) for name in ("HR@5", "HR@10")]
     for path in sorted(RESULTS.glob("TABLE4-*.jsonl")):
-        data, records = path.stem.removeprefix("TABLE4-"), {}
-        for entry in read_records(path):
-            if "row" in entry:
-                records.setdefault(entry["row"], []).append(entry)
+        data, records = path.stem.removeprefix("TABLE4-"), rows_of(read_records(path))
         for name, of_seeds in records.items():
-            for made in lists_of(of_seeds[0]):
-                cells = " | ".join(spread(means(of_seeds, made)[:, i]) for i in columns)
-                change = spread(means(of_seeds, f"{made} | change, reversed")[:, -1], "+.1f")
-                lines.append(f"| {data} | {name} | {made} | {cells} | {change} |")
+            cells = " | ".join(spread(means(of_seeds, made)[:, i]) for i in columns)
+            change = spread(means(of_seeds, f"{made} | change, reversed")[:, -1], "+.1f")
+            lines.append(f"| {data} | {name} | {cells} | {change} |")
         for floor in ("best, order-aware", "best, order-blind", "co-occurrence, whole history"):
             if floor in of_seeds[0]["rows"]:
                 cells = " | ".join(spread(means(of_seeds, floor)[:, i]) for i in columns)
-                lines.append(f"| {data} | {floor} | | {cells} | |")
+                lines.append(f"| {data} | {floor} | {cells} | |")
     return lines
 
 
@@ -162,10 +158,27 @@ def flags() -> list[str]:
     return lines[1:]
 
 
+def worlds() -> list[str]:
+    """What the readings make of the erased world."""
+    return worlds_table(rows_of(read_records(RESULTS / "READINGS-synthetic.jsonl")))
+
+
+def effects() -> list[str]:
+    """What each reading changes, beside the stated one."""
+    lines = []
+    for entry in read_records(RESULTS / "READINGS-synthetic.jsonl"):
+        if "compared" in entry:
+            cells = entry["compared"].strip("| ").split(" | ")
+            lines.append(f"| {' | '.join(cells[:2] + cells[-2:])} |" if len(cells) == 6 else
+                         "|---|---|---|---|")
+    return lines
+
+
 # ----------------------------------------------------------------------------------------------
 # The command
 
-PARTS = {"map": paper_map, "first-run": first_run, "results": results, "flags": flags}
+PARTS = {"map": paper_map, "first-run": first_run, "results": results, "flags": flags,
+         "worlds": worlds, "effects": effects}
 
 
 def with_parts(text: str) -> str:

@@ -313,10 +313,7 @@ def told(target: str, kept: list[dict]) -> list[str]:
     lines = []
     for title in dict.fromkeys(entry["section"] for entry in kept):
         of_section = [entry for entry in kept if entry["section"] == title]
-        records: Records = {}
-        for entry in of_section:
-            if "row" in entry:
-                records.setdefault(entry["row"], []).append(entry)
+        records = rows_of(of_section)
         first = next(iter(records.values()))
         lines += ["", f"### {title}", "", f"{first[0]['protocol']}; seeds "
                   f"{', '.join(str(record['seed']) for record in first)}", ""]
@@ -328,6 +325,15 @@ def told(target: str, kept: list[dict]) -> list[str]:
             if worlds := worlds_table(records):
                 lines += ["", *worlds]
     return lines[1:]
+
+
+def rows_of(kept: list[dict]) -> Records:
+    """The records of one section by the names of their rows."""
+    records: Records = {}
+    for entry in kept:
+        if "row" in entry:
+            records.setdefault(entry["row"], []).append(entry)
+    return records
 
 
 def recorded(target: str, given: dict) -> list[dict]:
