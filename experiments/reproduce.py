@@ -75,7 +75,7 @@ OTHER_READINGS = {
     "D8: SinPE, scale 0.1": tuned("sinpe", "0.1", "--sinpe-scale", "0.1"),
     "D8: SinPE, scale 0.01": tuned("sinpe", "0.1", "--sinpe-scale", "0.01"),
     "D10: length penalty 1": [*STATED, "--length-penalty", "1"],
-    "D11: grounded by the base": [*STATED, "--ground-with", "base"],
+    "D11: grounded by the tuned weights": [*STATED, "--ground-with", "tuned"],
     "D13: history kept": [*STATED, "--no-exclude-history"],
     "erased by permuting k": ["--reading", "permuted", *STATED],
     "text shuffled": ["--reading", "shuffled-text", *STATED],
@@ -123,7 +123,7 @@ Records = dict[str, list[dict]]         # row of a section -> its record for eac
 def short(folder: Path) -> dict:
     """What is kept of run.json: for each list its four metrics, by how much they change where
     histories are reversed or shuffled, and the standard errors of all that."""
-    record = read_object(folder / "run.json")
+    record = read_object(folder / "run.json") | Run.from_folder(folder).record  # the latest lists
     shown = {row: scores for row, scores in record["rows"].items()
              if row in (*BEYOND, MISLED, *lists_of(record)) or " | change, " in row}
     rows = {row: [[round(x, 5) for x in scores[m]] for m in METRICS]

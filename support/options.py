@@ -147,7 +147,7 @@ class Options:
         high=10, metavar="P")
     ground_with: str = flag("evaluation", "weights that embed texts and titles: tuned, as in CFT; "
                             "or base, without the factors, as in BIGRec (D11)", "tuned",
-                            choices=["tuned", "base"])
+                            tiny="base", choices=["tuned", "base"])
     ground_list: str = flag("evaluation", "merged takes the beams' neighbours in turn, as CFT; "
                             "single those of the best beam, as BIGRec (D7)", "merged",
                             choices=["merged", "single"])
