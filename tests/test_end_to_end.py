@@ -360,8 +360,8 @@ def test_an_interrupted_command_says_how_to_go_on_and_goes_on(finished, tmp_path
      {"lora_rank": 2, "lora_targets": ["q_proj", "o_proj"]}),
     (["--recompute", "--dtype", "stored"], {"recompute": True, "dtype": "stored"}),
     (["--compile", "--micro-batch", "5"], {"compile": True, "micro_batch": 5}),
-    (["--ground-with", "base", "--ground-list", "single", "--length-penalty", "1"],
-     {"ground_with": "base", "ground_list": "single", "length_penalty": 1.0, "lists": ["beams"]})])
+    (["--ground-with", "tuned", "--ground-list", "single", "--length-penalty", "1"],
+     {"ground_with": "tuned", "ground_list": "single", "length_penalty": 1.0, "lists": ["beams"]})])
 def test_flags_reach_the_run(tmp_path, capsys, flags, wanted, monkeypatch):
     """test_options.py shows that each flag reaches its field; here it reaches the work."""
     recomputed, compiled, rows, again = [], [], [], cetrec.RECOMPUTE

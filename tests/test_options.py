@@ -26,7 +26,7 @@ GIVEN = {
     "least_steps": ("11", 11), "warmup": ("6", 6), "max_steps": ("5", 5), "micro_batch": ("2", 2),
     "recompute": (None, True), "compile": (None, True), "eval_sequences": ("8", 8),
     "lists": ("beams, exact", ("beams", "exact")), "beams": ("3", 3), "length_penalty": ("2", 2.0),
-    "ground_with": ("base", "base"), "ground_list": ("single", "single"),
+    "ground_with": ("tuned", "tuned"), "ground_list": ("single", "single"),
     "exclude_history": (None, False), "device": ("cpu", "cpu"), "shard": (None, True),
     "dtype": ("bfloat16", "bfloat16")}
 WANTS = {   # what a flag goes with
