@@ -12,6 +12,7 @@ import ast
 import datetime
 import html
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from experiments.passages import PASSAGES, SYSTEMS, Passage
 from experiments.readme import effects, names_of_tests, results
 from experiments.report import Run
 from support.files import write_whole
-from support.options import Options, Where, add_flags, parse
+from support.options import Options, Where, add_flags, as_flag, parse
 from support.runs import open_data, read_run
 from support.terminal import Parser, exit_status
 
@@ -75,15 +76,15 @@ class Scene:
 
 
 def scene_of(folder: Path | None, given: dict) -> Scene:
-    """The scene of a run, or of a small one that is made now.
+    """The scene of a run, or of a small one that is made now, with what flags are given.
 
     Its test sequence is the first of the evaluation with four items in its history.
     """
     with tempfile.TemporaryDirectory() as made:
         if folder is None:
             folder = cetrec.run(Options.from_flags(SMALL | given), Path(made))
-            base = Path(made)
-        options, base = read_run(folder, {}, "experiments.page")
+            given = {}
+        options, base = read_run(folder, given, "experiments.page")
         splits, _, _ = open_data(options)
         model = open_model(options, base, folder, splits)
         test = splits[2].sample(options.eval_sequences, options.seed)
@@ -172,16 +173,12 @@ def text_at(x: float, y: float, words: str, anchor: str = "start") -> str:
 
 def marked(scene: Scene, item_pos: list) -> str:
     """The prompt as text, the tokens of each item in a frame with its k."""
-    parts, tokens, first = [], scene.example.tokens, 0
-    positions = item_pos
-    for last in range(1, len(tokens) + 1):
-        if last < len(tokens) and positions[last] == positions[first] != NO_ITEM and (
-                scene.example.item_pos[last] == scene.example.item_pos[first]):
-            continue
-        if last < len(tokens) and positions[first] == positions[last] == NO_ITEM:
-            continue
-        words = e(scene.model.tokenizer.bpe.decode(tokens[first:last], skip_special_tokens=False))
-        k = positions[first]
+    parts, example, first = [], scene.example, 0
+    for _, item in itertools.groupby(example.item_pos):         # each item, and what is between
+        last = first + len(list(item))
+        words = e(scene.model.tokenizer.bpe.decode(example.tokens[first:last],
+                                                   skip_special_tokens=False))
+        k = item_pos[first]
         parts.append(words if k == NO_ITEM else
                      f'<span class="item" style="background:{SHADES[int(k) % len(SHADES)]}">'
                      f"{words}<sub>k={k:.3g}</sub></span>")
@@ -337,10 +334,11 @@ def example_sum(scene: Scene) -> str:
 
 
 def example_split(scene: Scene) -> str:
-    rows = [[name, f"{len(part):,}",
-             *(str(np.datetime64(int(part.times[part.targets].__getattribute__(how)()), "s"))[:10]
-               for how in ("min", "max"))]
-            for name, part in zip(("train", "valid", "test"), scene.splits)]
+    rows = []
+    for name, part in zip(("train", "valid", "test"), scene.splits):
+        times = part.times[part.targets]
+        first, last = (str(np.datetime64(int(t), "s"))[:10] for t in (times.min(), times.max()))
+        rows.append([name, f"{len(part):,}", first, last])
     return table(["", "sequences", "first answer", "last answer"], rows,
                  "Of the run that this page shows; training and test may be samples.")
 
@@ -404,6 +402,11 @@ def example_reversal(scene: Scene) -> str:
 # The page
 
 
+def anchor(place: str) -> str:
+    """§5.1.1 -> 5-1-1"""
+    return re.sub(r"[^0-9a-z]+", "-", place.lower()).strip("-")
+
+
 def passage(part: Passage, scene: Scene, passed: dict[str, str]) -> str:
     """One place of the paper: words, equations and example beside code and tests.
 
@@ -422,11 +425,11 @@ def passage(part: Passage, scene: Scene, passed: dict[str, str]) -> str:
     listed = "".join(f'<li class="{passed[name]}"><code>{name}</code> {passed[name]}</li>'
                      for name in tests)
     example = globals()[f"example_{part.example}"](scene) if part.example else ""
-    anchor = re.sub(r"\W+", "-", part.place).strip("-").lower()
-    return (f'<section id="{anchor}"><div class="words"><h2><span class="place">{part.place}</span>'
-            f" {part.title}</h2>{words}{''.join(part.equations)}"
-            f'<div class="example">{example}</div></div><div class="right">'
-            f"{''.join(map(code, part.code))}<ul class=\"tests\">{listed}</ul></div></section>")
+    heading = f'<h2><span class="place">{part.place}</span> {part.title}</h2>'
+    left = heading + words + "".join(part.equations) + f'<div class="example">{example}</div>'
+    right = "".join(map(code, part.code)) + f'<ul class="tests">{listed}</ul>'
+    return (f'<section id="{anchor(part.place)}"><div class="words">{left}</div>'
+            f'<div class="right">{right}</div></section>')
 
 
 def system(name: str, words: str, equation: str, where: str) -> str:
@@ -438,8 +441,7 @@ def system(name: str, words: str, equation: str, where: str) -> str:
 def page(scene: Scene, passed: dict[str, str]) -> str:
     """page.html."""
     readings = (ROOT / "docs" / "readings.md").read_text(encoding="utf-8")
-    links = " ".join(f'<a href="#{re.sub(r"[^0-9A-Za-z_]+", "-", p.place).strip("-").lower()}">'
-                     f"{p.place}</a>" for p in PASSAGES)
+    links = " ".join(f'<a href="#{anchor(p.place)}">{p.place}</a>' for p in PASSAGES)
     run = scene.run
     body = "".join(passage(part, scene, passed) for part in PASSAGES)
     return PAGE.format(
@@ -521,10 +523,13 @@ def main(argv: list[str] | None = None) -> int:
                 "examples from a run.")
     ap.add_argument("--run", metavar="RUN", help="folder of a run of cetrec.py (default: a small "
                     "one is made, which takes half a minute)")
-    add_flags(ap, Options, Where, only={"seed", "out"})
+    add_flags(ap, Options, Where, only={"seed", "data_dir", "out"})
     given = parse(ap, argv)
 
     def work() -> None:
+        for flag, wanted in (("seed", "a run that is made now"), ("data_dir", "--run")):
+            if flag in given and ("run" in given) != (wanted == "--run"):
+                raise ValueError(f"{as_flag(flag)} goes with {wanted}; drop it")
         if importlib.util.find_spec("pygments") is None:
             raise ValueError("the page wants Pygments to colour code; pip install pygments")
         folder, out = given.pop("run", None), Path(given.pop("out", "."))

@@ -4,7 +4,7 @@
 
 A part stands between a line that names it and a line that ends it:
 
-    <!-- made: map -->                  map, first-run, results, flags, or a file of kept records
+    <!-- made: map -->                  one of PARTS below, or a file of kept records
     <!-- end -->
 
 The first run is what `python cetrec.py > experiments/results/first-run.txt` printed.
@@ -109,17 +109,27 @@ def paper_map() -> list[str]:
 # What was printed, and what was measured
 
 
-def first_run() -> list[str]:
-    """The lines of the first run's output that a reader wants first."""
+def printed() -> tuple[list[str], list[str]]:
+    """What the first run printed: before its result table, and the table with the effect."""
     lines = (RESULTS / "first-run.txt").read_text(encoding="utf-8").splitlines()
     table = next(i for i, line in enumerate(lines) if " test sequences, " in line)
-    wanted = [line for line in lines[:table] if line.startswith(("data ", "step ", "epoch "))]
-    data, *steps, epoch = wanted
-    rows = [line for line in lines[table:] if not line.startswith((
+    end = next(i for i, line in enumerate(lines) if line.startswith("effect "))
+    return lines[:table], lines[table:end + 1]
+
+
+def first_run() -> list[str]:
+    """The lines of the first run's output that a reader wants first."""
+    before, rows = printed()
+    data, *steps, epoch = [line for line in before if line.startswith(("data ", "step ", "epoch "))]
+    shown = [line for line in rows if not line.startswith((
         "  reversed", "  shuffled", "  change, shuffled", "co-occurrence, whole"))]
-    end = next(i for i, line in enumerate(rows) if line.startswith("effect "))
     between = f"{'...':<56}the base is made; one prompt with each item's k is shown"
-    return ["```", data, between, steps[-1], epoch, *rows[:end + 1], "```"]
+    return ["```", data, between, steps[-1], epoch, *shown, "```"]
+
+
+def first_table() -> list[str]:
+    """The whole result table of the first run."""
+    return ["```", *printed()[1], "```"]
 
 
 def results() -> list[str]:
@@ -177,8 +187,8 @@ def effects() -> list[str]:
 # ----------------------------------------------------------------------------------------------
 # The command
 
-PARTS = {"map": paper_map, "first-run": first_run, "results": results, "flags": flags,
-         "worlds": worlds, "effects": effects}
+PARTS = {"map": paper_map, "first-run": first_run, "first-table": first_table,
+         "results": results, "flags": flags, "worlds": worlds, "effects": effects}
 
 
 def with_parts(text: str) -> str:

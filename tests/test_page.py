@@ -145,6 +145,9 @@ def test_places_in_files_and_small_parts():
 def test_a_run_that_is_there_can_be_shown_and_errors_are_one_line(tmp_path, capsys):
     assert page.main(["--run", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
     assert "none" in capsys.readouterr().err and not (tmp_path / "page.html").exists()
+    for flags, message in ((["--run", "x", "--seed", "1"], "--seed goes with a run that is made"),
+                           (["--data-dir", "x"], "--data-dir goes with --run; drop it")):
+        assert page.main(flags) == 2 and message in capsys.readouterr().err
 
 
 # ------------------------------------------------------------ In a browser
