@@ -37,7 +37,7 @@ from support.terminal import Parser, exit_status
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = {"data", "data_dir", "sample", "model", "chronological", "limit_train", "lr", "epochs",
-          "max_steps", "lists", "eval_sequences", "device", "out"}
+          "batch_size", "max_steps", "lists", "eval_sequences", "device", "out"}
 HERE = {"data_dir", "model", "device"}  # what is elsewhere on another machine
 BEYOND = ("best, clock-aware", "best, order-aware", "best, order-blind",
           "co-occurrence, newest item", "co-occurrence, whole history", "popularity")
@@ -273,9 +273,9 @@ def drawings(target: str, runs: dict[str, list[Run]]) -> dict[str, object]:
 
 
 def flags_of(row: list[str], seed: int, given: dict) -> tuple[Callable, list[str]]:
-    """The command of a cell, and all its flags."""
+    """The command of a cell, and all its flags; those of its row count more than those given."""
     command = readings.main if "--reading" in row else cetrec.main
-    shared = [x for key, value in (given | {"seed": seed}).items()
+    shared = [x for key, value in (given | {"seed": seed}).items() if as_flag(key) not in row
               for x in ([as_flag(key)] if value is True else [as_flag(key), str(value)])]
     return command, [*row, *shared]
 

@@ -142,6 +142,12 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys):
     assert stop.value.code == 2 and "invalid choice: 'TABLE5'" in capsys.readouterr().err
 
 
+def test_what_a_row_says_counts_more_than_what_is_given():
+    row = reproduce.PREMISE["before tuning"]
+    assert reproduce.flags_of(row, 1, {"lr": 0.5, "max_steps": 9, "chronological": True}) == (
+        cetrec.main, [*row, "--chronological", "--seed", "1"])
+
+
 @pytest.mark.parametrize("target", reproduce.TARGETS)
 def test_every_row_of_every_target_has_flags_that_its_command_takes(target):
     sections = list(reproduce.TARGETS[target]())
