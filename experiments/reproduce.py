@@ -303,8 +303,8 @@ def reproduce(target: str, seeds: list[int], given: dict, out: Path) -> list[str
 
 def name_of(target: str, given: dict) -> str:
     """What a target's files are called."""
-    parts = [Path(given[key]).name for key in ("data", "model") if key in given]
-    return "-".join([target, *(parts or ["synthetic"])]
+    places = {"data": "synthetic"} | {key: given[key] for key in given.keys() & {"data", "model"}}
+    return "-".join([target, *(Path(places[key]).name for key in sorted(places))]
                     + ["chronological"] * ("chronological" in given))
 
 

@@ -29,7 +29,8 @@ SHORT = {       # command -> (what it runs, flags that make it short)
     "reproduce": (reproduce.main, [*QUICK[:6], "--seeds", "0"]),
     "benchmark": (benchmark.main, ["--rounds", "1", "--batch-size", "2", "--shapes", "tiny"]),
     "fuzz": (fuzz.main, ["--inputs", "3"])}
-WORDS = {"NAME": "ml-100k", "METHOD": "caser", "RUN": "runs/ml-100k-rope-1", "FOLDER": "own",
+WORDS = {"NAME": "ml-100k", "METHOD": "caser", "RUN": "runs/ml-100k-rope-1",
+         "SMOLLM2": "meta-llama/Meta-Llama-3-8B",
          "tuning": "", "[SECTION": "generation", "...]": ""}    # one section takes ten seconds
 NOT_HERE = {"pytest", "pip", "venv"}        # the test command itself, and the installation
 

@@ -142,6 +142,14 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys):
     assert stop.value.code == 2 and "invalid choice: 'TABLE5'" in capsys.readouterr().err
 
 
+def test_records_are_named_by_target_data_and_base():
+    assert [reproduce.name_of("TABLE4", given) for given in (
+        {}, {"data": "a/ml-100k"}, {"model": "x/smollm2"},
+        {"data": "lastfm", "chronological": True})] == [
+        "TABLE4-synthetic", "TABLE4-ml-100k", "TABLE4-synthetic-smollm2",
+        "TABLE4-lastfm-chronological"]
+
+
 def test_what_a_row_says_counts_more_than_what_is_given():
     row = reproduce.PREMISE["before tuning"]
     assert reproduce.flags_of(row, 1, {"lr": 0.5, "max_steps": 9, "chronological": True}) == (
