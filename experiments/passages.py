@@ -51,10 +51,9 @@ def frac(above: str, below: str) -> str:
     return f"<mfrac>{above}{below}</mfrac>"
 
 
-def total(below: str, above: str = "") -> str:
+def total(below: str, above: str) -> str:
     """A sum sign with its limits."""
-    return (f"<munderover><mo>∑</mo>{below}{above}</munderover>" if above else
-            f"<munder><mo>∑</mo>{below}</munder>")
+    return f"<munderover><mo>∑</mo>{below}{above}</munderover>"
 
 
 def of(name: str, *inside: str) -> str:
@@ -112,9 +111,9 @@ the prompt and the answer's tokens so far. Only tokens of the answer count; the 
 
 The closing quote and the end-of-text token belong to the answer: without them no generated title
 would ever end.""",
-            ("data.Tokenizer.examples", "cetrec.temporal_aware_loss"), "eq01",
-            (equation(o("min"), o("&#x2061;"), total(row(o("("), i("x"), COMMA, i("y"), o(")"))),
-                      total(row(i("t"), EQ, n(1)), row(o("|"), i("y"), o("|"))), MINUS, i("log"),
+            ("cetrec.temporal_aware_loss", "data.collate"), "eq01",
+            (equation(i("L"), EQ, MINUS,
+                      total(row(i("t"), EQ, n(1)), row(o("|"), i("y"), o("|"))), i("log"),
                       sub(i("P"), row(THETA, PLUS, PHI)),
                       row(o("("), sub(i("y"), i("t")), o("|"), i("x"), COMMA,
                           sub(i("y"), row(o("&lt;"), i("t"))), o(")"))),),

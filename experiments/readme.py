@@ -174,10 +174,10 @@ def worlds() -> list[str]:
 
 
 def effects() -> list[str]:
-    """What each reading changes, beside the stated one."""
+    """What each reading changes, beside the stated one; without lists that it does not concern."""
     lines = []
     for entry in read_records(RESULTS / "READINGS-synthetic.jsonl"):
-        if "compared" in entry:
+        if "compared" in entry and "+0.0000 [+0.0000, +0.0000]" not in entry["compared"]:
             cells = entry["compared"].strip("| ").split(" | ")
             lines.append(f"| {' | '.join(cells[:2] + cells[-2:])} |" if len(cells) == 6 else
                          "|---|---|---|---|")
@@ -201,7 +201,7 @@ def with_parts(text: str) -> str:
             lines = told(name.partition("-")[0], read_records(path))
         else:
             raise ValueError(f"<!-- made: {name} -->: there is no such part, and no {path}")
-        return match[1] + "\n".join(lines) + match[3]
+        return "\n".join([match[1], *lines, match[3]])        # with empty lines around
     return PART.sub(made, text)
 
 
