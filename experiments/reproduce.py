@@ -243,29 +243,29 @@ def compared(runs: dict[str, list[Run]]) -> list[str]:
 # Figures, for which matplotlib is wanted
 
 
-def drawings(target: str, runs: dict[str, list[Run]]) -> dict[str, object]:
-    """File name -> figure. Where a figure shows single runs, they are those of the first seed."""
+def drawing(target: str, runs: dict[str, list[Run]]):
+    """The figure of a target, or None. Where it shows single runs, they are of the first seed."""
     if not figures.figures_available():
         print(figures.NO_MATPLOTLIB)
-        return {}
+        return None
     first = [of_seeds[0] for of_seeds in runs.values()]
     if target == "FIGURE4":
-        ending = f"{first[0].lists[0]} | change, reversed"
-        rates = {name: means([short(run.folder) for run in of_seeds], ending)
-                 for name, of_seeds in runs.items()}
-        return {target: figures.change_bars({
-            name: (values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None)
-            for name, values in rates.items()})}
+        ending, rates = f"{first[0].lists[0]} | change, reversed", {}
+        for name, of_seeds in runs.items():
+            values = means([short(run.folder) for run in of_seeds], ending)
+            error = values.std(axis=0, ddof=1) if len(values) > 1 else None
+            rates[name] = values.mean(axis=0), error
+        return figures.change_bars(rates)
     if target == "FIGURE5":
-        return {target: figures.case_study(first, telling_user(*reversed(first)))}
+        plain, temporal = first
+        return figures.case_study(first, telling_user(temporal, without=plain))
     if target == "LAMBDA":
-        return {target: figures.lambda_curve([run for of_seeds in runs.values()
-                                              for run in of_seeds])}
+        return figures.lambda_curve([run for of_seeds in runs.values() for run in of_seeds])
     if target == "READINGS":
         worlds = {name: read_object(run.folder / "worlds.json")["notes"]
                   for name, run in zip(runs, first) if (run.folder / "worlds.json").is_file()}
-        return {target: figures.entropy_curves(worlds, first[0].record["vocabulary"])}
-    return {}
+        return figures.entropy_curves(worlds, first[0].record["vocabulary"])
+    return None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -284,21 +284,20 @@ def reproduce(target: str, seeds: list[int], given: dict, out: Path) -> list[str
     """Run what is not there; write tables, records and figures. Returns the tables as Markdown."""
     sections = list(TARGETS[target]())
     cells = Cells(out, sum(len(rows) for _, rows in sections) * len(seeds))
-    kept, drawn, stated = [], {}, {key: given[key] for key in given.keys() - HERE}
+    kept, figure, stated = [], None, {key: given[key] for key in given.keys() - HERE}
     for title, rows in sections:
         runs = {name: [Run.from_folder(cells.folder(*flags_of(row, seed, given)))
                        for seed in seeds] for name, row in rows.items()}
         kept += [{"section": title, "row": name, "given": stated} | short(run.folder)
                  for name, of_seeds in runs.items() for run in of_seeds]
         kept += [{"section": title, "compared": line} for line in compared(runs)]
-        drawn |= drawings(target, runs)
+        figure = drawing(target, runs)
     name, lines = name_of(target, given), told(target, kept)
     write_whole(out / f"{name}.jsonl", "".join(json.dumps(x) + "\n" for x in kept).encode())
     write_whole(out / f"{name}.md", ("\n".join(lines) + "\n").encode())
-    for figure in drawn.values():
-        if figure is not None:
-            figure.savefig(out / f"{name}.svg", metadata={"Date": None})
-    return [*lines, "", f"written {out / name}.md, .jsonl{' and .svg' if drawn else ''}"]
+    if figure is not None:
+        figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+    return [*lines, "", f"written {out / name}.md, .jsonl{' and .svg' if figure else ''}"]
 
 
 def name_of(target: str, given: dict) -> str:
@@ -394,6 +393,8 @@ def main(argv: list[str] | None = None) -> int:
         """What the flags ask for."""
         target, seeds, kept = (given.pop(key) for key in ("target", "seeds", "recorded"))
         count, out = given.pop("verify", None), Path(given.pop("out", "runs")) / "reproduce"
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"--seeds {' '.join(map(str, seeds))}: each seed counts once")
         if target == "WORLD" and given.get("data", "synthetic") != "synthetic":
             raise ValueError("WORLD is about synthetic worlds; drop --data")
         if kept:

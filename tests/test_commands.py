@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import cetrec
-from experiments import (benchmark, explain, fuzz, id_baselines, llm_baselines, look, readings,
-                         readme, recommend, report, reproduce, table3)
+from experiments import (benchmark, choose, explain, fuzz, id_baselines, llm_baselines, look, page,
+                         readings, readme, recommend, report, reproduce, table3)
 from support.synthetic import SyntheticWorld
 
 QUICK = ["--limit-train", "64", "--eval-sequences", "9", "--max-steps", "2", "--batch-size", "16"]
@@ -27,6 +27,7 @@ SHORT = {       # command -> (what it runs, flags that make it short)
     "table3": (table3.main, [*QUICK[2:4], "--seeds", "0"]),
     "readings": (readings.main, QUICK), "readme": (readme.main, []),
     "reproduce": (reproduce.main, [*QUICK[:6], "--seeds", "0"]),
+    "choose": (choose.main, ["--eval-sequences", "9"]), "page": (page.main, []),
     "benchmark": (benchmark.main, ["--rounds", "1", "--batch-size", "2", "--shapes", "tiny"]),
     "fuzz": (fuzz.main, ["--inputs", "3"])}
 WORDS = {"NAME": "ml-100k", "METHOD": "caser", "RUN": "runs/ml-100k-rope-1",

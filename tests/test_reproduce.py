@@ -137,6 +137,8 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys):
     assert reproduce.main(["TABLE4", "--recorded", "--data", "no-such", "--out",
                            str(tmp_path)]) == 2
     assert "TABLE4-no-such.jsonl: not found; there are records of" in capsys.readouterr().err
+    assert reproduce.main(["TABLE4", "--seeds", "1", "2", "1"]) == 2
+    assert "--seeds 1 2 1: each seed counts once" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         reproduce.main(["TABLE5"])
     assert stop.value.code == 2 and "invalid choice: 'TABLE5'" in capsys.readouterr().err

@@ -1,0 +1,58 @@
+"""experiments/choose.py: decodings are compared on validation, by what their lists are worth."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import cetrec
+from cetrec import open_model
+from evaluate import METRICS, GroundedBeams, list_values
+from experiments import choose
+from support.runs import open_data, read_run
+from support.synthetic import SyntheticWorld
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of few steps."""
+    out, draw = tmp_path_factory.mktemp("choose"), SyntheticWorld.interactions
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SyntheticWorld, "interactions", lambda self, seed: draw(self, 120, seed))
+        patch.setitem(cetrec.TINY_BASES, "synthetic", cetrec.TinyBase(
+            pieces=300, hidden_size=32, intermediate_size=64, max_sequences=64))
+        assert cetrec.main(["--max-steps", "4", "--batch-size", "16", "--limit-train", "64",
+                            "--eval-sequences", "9", "--out", str(out)]) == 0
+        yield out / "synthetic-rope-1"
+
+
+def test_lists_are_made_for_validation_and_valued_by_hand(folder, capsys):
+    assert choose.main([str(folder), "--ground-with", "tuned", "--no-exclude-history"]) == 0
+    text = capsys.readouterr().out
+    options, base = read_run(folder, {}, "test")
+    (_, valid_set, test_set), world, _ = open_data(options)
+    assert not set(valid_set.targets) & set(test_set.targets)
+    model = open_model(options, base, folder)
+    valid_set = valid_set.sample(9, options.seed)
+    histories = [valid_set.history(i) for i in range(9)]
+    law, rows = world.law(histories), {}
+    for told, how in (("as the run has it", {}), ("--exclude-history False",
+                                                  {"exclude_history": False}),
+                      ("--ground-with tuned", {"ground_with": "tuned"})):
+        decoding = replace(options.decoding(), **how)
+        made = GroundedBeams(model, valid_set.titles, valid_set.domain, decoding)(histories)
+        rows[told] = list_values(made.items, np.zeros(9), law).mean(axis=0)
+    assert "9 validation sequences, lists: beams" in text
+    for told, values in rows.items():
+        line = next(x for x in text.splitlines() if x.startswith(told))
+        assert [float(x) for x in re.findall(r"(\S+) ± ", line)] == pytest.approx(values, abs=6e-5)
+    gains = [float(x) for x in re.findall(r"^  \S+ +([-+]\d\.\d+)  \[", text, re.M)]
+    wanted = [*(rows["--exclude-history False"] - rows["as the run has it"]),
+              *(rows["--ground-with tuned"] - rows["as the run has it"])]
+    assert gains == pytest.approx(wanted, abs=6e-5) and len(gains) == 2 * len(METRICS)
+
+
+def test_what_cannot_be_is_one_line(tmp_path, capsys):
+    assert choose.main([str(tmp_path / "none")]) == 2
+    assert "experiments.choose wants the folder of a run" in capsys.readouterr().err
