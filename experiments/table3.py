@@ -39,8 +39,8 @@ SYSTEMS: dict[str, tuple[Callable, list[str]]] = {      # name -> command and it
     "CETRec-SinPE": (cetrec.main, ["--temporal", "sinpe"]),
     "CETRec-RoPE": (cetrec.main, ["--temporal", "rope"])}
 SHARED = {"data", "data_dir", "sample", "model", "eval_sequences", "device", "out"}
-# HR@5 in the paper's Table 3, on MovieLens and on Steam, as far as it was at hand: of Llama-3-8B, on
-# other data, by its own lists.
+# HR@5 in the Table 3 of the paper, on MovieLens and on Steam, as far as it was at hand: of
+# Llama-3-8B, on other data, by its own lists.
 PAPER = {"Caser": ("0.0667", "0.0307"), "BIGRec": ("", "0.0778"), "CETRec-SinPE": ("", "0.0670")}
 FLOORS = ("popularity", "co-occurrence, newest item", "co-occurrence, whole history")
 
