@@ -60,8 +60,8 @@ PLAIN = ["--temporal", "none"]
 ABLATION = {"w.o. Both": PLAIN,
             "w.o. CT, SinPE": tuned("sinpe", "0"), "CETRec-SinPE": tuned("sinpe", "0.1"),
             "w.o. CT, RoPE": tuned("rope", "0"), "CETRec-RoPE": tuned("rope", "0.1")}
-PREMISE = {"before tuning": [*PLAIN, "--lr", "0", "--max-steps", "1"],
-           **{name: ABLATION[name] for name in ("w.o. Both", "w.o. CT, RoPE", "CETRec-RoPE")}}
+PREMISE = {"w.o. Both": PLAIN, "before tuning": [*PLAIN, "--lr", "0", "--max-steps", "1"],
+           **{name: ABLATION[name] for name in ("w.o. CT, RoPE", "CETRec-RoPE")}}
 STATED = tuned("rope", "0.1")
 OTHER_READINGS = {
     "as stated": ["--reading", "stated", *STATED],
