@@ -7,6 +7,7 @@ import pytest
 
 from experiments import readme
 from experiments.readme import PLACES, code_of_places, pages, places_in, names_of_tests, with_parts
+from experiments.reproduce import ABLATION
 from support.options import Options, as_flag
 
 
@@ -81,13 +82,14 @@ def test_flags_have_their_defaults_and_choices():
 def test_the_parts_of_a_page_are_made_anew_and_nothing_else(monkeypatch, tmp_path):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     scores = [[0.25, 0.1]] * 4
-    entry = {"section": "Table 4", "row": "A", "seed": 0, "protocol": "p", "effect": [],
+    entry = {"section": "Table 4", "seed": 0, "protocol": "p", "effect": [],
              "validation_ta": 1.0, "worlds": {}, "rows": dict.fromkeys(
                  [f"10 beams on titles{more}" for more in
                   ("", " | change, reversed", " | change, shuffled")], scores)}
-    (tmp_path / "TABLE4-x.jsonl").write_text(json.dumps(entry) + "\n")
-    for name, wanted in (("results", "| x | A | 0.2500 | 0.2500 | +0.2 |"), (
-            "TABLE4-x", "| A | 10 beams on titles | 0.2500 | 0.2500 | 0.2500 | 0.2500 |")):
+    (tmp_path / "TABLE4-x.jsonl").write_text("".join(
+        json.dumps({"row": row} | entry) + "\n" for row in ABLATION))
+    for name, wanted in (("results", "| x | CETRec-RoPE | 0.2500 | 0.2500 | +0.2 |"), (
+            "TABLE4-x", "| w.o. Both | 10 beams on titles | 0.2500 | 0.2500 | 0.2500 | 0.2500 |")):
         page = f"before\n<!-- made: {name} -->\nold\n<!-- end -->\nafter\n"
         anew = with_parts(page)
         assert wanted in anew and "old" not in anew and with_parts(anew) == anew
