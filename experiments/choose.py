@@ -24,6 +24,8 @@ def choose(folder: Path, given: dict) -> None:
     """Print what lists on validation are worth, as the run makes them and with each flag given."""
     tried = {key: given.pop(key) for key in sorted(given.keys() & TRIED)}
     options, base = read_run(folder, given, "experiments.choose")
+    options = replace(options, lists=options.lists[:1])
+    options.check_use(tried)
     (train_set, valid_set, _), world, _ = open_data(options)
     model = open_model(options, base, folder, (train_set, valid_set))
     valid_set = valid_set.sample(options.eval_sequences, options.seed)
@@ -32,9 +34,11 @@ def choose(folder: Path, given: dict) -> None:
             else None)
     law = None if world is None else world.law(
         histories, [valid_set.days(i) for i in range(len(valid_set))])
-    values = {}
-    ways = {"as the run has it": options} | {
-        f"{as_flag(key)} {value}": replace(options, **{key: value}) for key, value in tried.items()}
+    values, ways = {}, {"as the run has it": options}
+    for key, value in tried.items():
+        told = (as_flag(key if value else f"no_{key}") if type(value) is bool else
+                f"{as_flag(key)} {value}")
+        ways[told] = replace(options, **{key: value})
     for told, changed in ways.items():
         recommend = next(iter(title_lists(model, valid_set, changed).values()))
         made = recommend(histories, ages, progress=told)

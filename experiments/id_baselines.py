@@ -49,22 +49,28 @@ class IdModel(nn.Module):
     state times its embedding, so the embedding learns from answers, too.
     """
 
-    def __init__(self, items: int, width: int, state: int, tied: bool = False):
+    def __init__(self, items: int, width: int, state: int):
         super().__init__()
         self.embedding = nn.Embedding(items + 1, width)
         nn.init.normal_(self.embedding.weight, std=0.01)
         self.head = nn.Linear(state, items)
-        if tied:
-            self.head.weight = None
+
+    def tie(self) -> None:
+        """Use the lower table above, too. Only where the state is as wide as an embedding."""
+        self.head.weight = None
 
     @property
     def table(self) -> Tensor:
-        """What a state is multiplied with.  -> (N, d)"""
+        """What a state is multiplied with.  -> (N, width of the state)"""
         return self.embedding.weight[:-1] if self.head.weight is None else self.head.weight
+
+    def score(self, state: Tensor) -> Tensor:
+        """(B, width of the state) -> (B, N)"""
+        return F.linear(state, self.table, self.head.bias)
 
     def scores(self, items: Tensor, lengths: Tensor) -> Tensor:
         """(B, L), (B,) -> (B, N)"""
-        return F.linear(self(items, lengths), self.table, self.head.bias)
+        return self.score(self(items, lengths))
 
 
 class GRU4Rec(IdModel):
@@ -73,13 +79,12 @@ class GRU4Rec(IdModel):
         h_t = (1 - z) n + z h_(t-1),    n = tanh(W x_t + b + r (U h_(t-1) + b'))
 
     with gates r and z that are sigmoids of the same two inputs. Dropout, which the lineage does
-    without, is on the embeddings. The original trains on whole
-    sessions side by side, with the other answers of the batch as negatives.
+    without, is on the embeddings. The original trains on whole sessions side by side, with the
+    other answers of the batch as negatives.
     """
 
-    def __init__(self, items: int, width: int = 64, places: int = L, dropout: float = 0.0,
-                 tied: bool = False):
-        super().__init__(items, width, width, tied)
+    def __init__(self, items: int, width: int = 64, places: int = L, dropout: float = 0.0):
+        super().__init__(items, width, width)
         self.gru, self.dropout = nn.GRU(width, width, batch_first=True), dropout
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
@@ -129,9 +134,8 @@ class SASRec(IdModel):
     the tables (--tied) and trains at every place of a history; here the answer alone is trained.
     """
 
-    def __init__(self, items: int, width: int = 64, places: int = L, dropout: float = 0.1,
-                 tied: bool = False):
-        super().__init__(items, width, width, tied)
+    def __init__(self, items: int, width: int = 64, places: int = L, dropout: float = 0.1):
+        super().__init__(items, width, width)
         self.places, self.dropout = nn.Embedding(places, width), dropout
         self.query, self.key, self.value, self.inner, self.outer = (
             nn.Linear(width, width) for _ in range(5))
@@ -185,7 +189,7 @@ def id_loss(kind: str, model: IdModel, state: Tensor, targets: Tensor) -> Tensor
     ce      -log softmax(scores)            no negatives: the whole catalogue
     """
     if kind == "ce":
-        return F.cross_entropy(F.linear(state, model.table, model.head.bias), targets)
+        return F.cross_entropy(model.score(state), targets)
     pair = torch.stack((targets, draw_negatives(targets, model.head.out_features)))
     s, other = (state * model.table[pair]).sum(-1) + model.head.bias[pair]          # (2, B)
     if kind == "bpr":
@@ -228,8 +232,10 @@ class Recipe:
 
     def model(self, items: int) -> IdModel:
         """The model, at its first values."""
-        tied = {"tied": True} if self.tied else {}
-        return MODELS[self.method](items, self.width, dropout=self.dropout, **tied)
+        model = MODELS[self.method](items, self.width, dropout=self.dropout)
+        if self.tied:
+            model.tie()
+        return model
 
 
 def padded(histories, items: int) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,7 @@ class Scene:
 
     @property
     def test_set(self):
+        """The test sequences of the evaluation."""
         return self.splits[2]
 
     @property
@@ -187,6 +188,7 @@ def marked(scene: Scene, item_pos: list) -> str:
 
 
 def example_prompt(scene: Scene) -> str:
+    """Table 1: the prompt, its answer, and where the titles stand."""
     t, number = scene.test_set, scene.number
     text, spans = build_prompt(t.words(t.history(number)), t.domain)
     places = ", ".join(f"{a} to {b - 1}" for a, b in spans)
@@ -196,6 +198,7 @@ def example_prompt(scene: Scene) -> str:
 
 
 def example_likelihood(scene: Scene) -> str:
+    """Eq. 1: the answer token by token."""
     targets, logits_f, _ = scene.worlds()
     log_p = -F.cross_entropy(logits_f, targets, reduction="none")
     rows = [[f"<code>{e(scene.model.tokenizer.bpe.decode([t], skip_special_tokens=False))}</code>",
@@ -205,6 +208,7 @@ def example_likelihood(scene: Scene) -> str:
 
 
 def example_factors(scene: Scene) -> str:
+    """Eq. 2: how many numbers are frozen, and how many tuned."""
     tuned = sum(p.numel() for p in tuned_parameters(scene.model))
     everything = sum(p.numel() for p in scene.model.parameters())
     o = scene.options
@@ -214,6 +218,7 @@ def example_factors(scene: Scene) -> str:
 
 
 def example_sinusoidal(scene: Scene) -> str:
+    """Eq. 3: p_k of three positions."""
     p = sinusoidal(torch.arange(3), 8)
     return table(["", *(f"{'sin' if j % 2 == 0 else 'cos'}" for j in range(8))],
                  [[f"p<sub>{k}</sub>", *(f"{x:.3f}" for x in p[k])] for k in range(3)],
@@ -221,6 +226,7 @@ def example_sinusoidal(scene: Scene) -> str:
 
 
 def example_rotary(scene: Scene) -> str:
+    """Eq. 4: a vector turned by R_k, as hands of two clocks and in numbers."""
     x = torch.tensor([1.0, 0.0, 1.0, 0.0])
     turned = rotary(x.expand(4, 4), torch.arange(4))
     parts = []
@@ -240,6 +246,7 @@ def example_rotary(scene: Scene) -> str:
 
 
 def example_distance(scene: Scene) -> str:
+    """Eq. 5: products of a turned query and a turned key."""
     generator = torch.Generator().manual_seed(0)
     q, key = torch.randn(2, 16, generator=generator)
     rows = []
@@ -252,6 +259,7 @@ def example_distance(scene: Scene) -> str:
 
 
 def example_worlds(scene: Scene) -> str:
+    """Eq. 6: the prompt with the k of its items, in both worlds."""
     factual = scene.example.item_pos
     erased = erase_order(torch.tensor(factual)).tolist()
     return ("<p>The factual world:</p>" + marked(scene, factual) +
@@ -278,6 +286,7 @@ def example_picture(scene: Scene) -> str:
 
 
 def example_answer(scene: Scene) -> str:
+    """Eq. 7: log p of the answer's tokens in both worlds."""
     targets, logits_f, logits_cf = scene.worlds()
     log_f, log_cf = (-F.cross_entropy(x, targets, reduction="none") for x in (logits_f, logits_cf))
     rows = [[f"<code>{e(scene.model.tokenizer.bpe.decode([t], skip_special_tokens=False))}</code>",
@@ -290,6 +299,7 @@ def example_answer(scene: Scene) -> str:
 
 
 def example_losses(scene: Scene) -> str:
+    """Eq. 8: the parts of L_CT."""
     targets, logits_f, logits_cf = scene.worlds()
     effect = logits_f - logits_cf
     loss = F.cross_entropy(effect, targets, reduction="none")
@@ -318,12 +328,15 @@ def example_curves(scene: Scene) -> str:
         points = " ".join(f"{60 + 514 * n / max(1, len(log) - 1):.1f},{height(value):.1f}"
                           for n, value in enumerate(values[:, column]) if value == value)
         parts.append(f'<polyline points="{points}" class="{style}"/>')
+    dashed = ("λ = 0, so there is no L<sub>CT</sub>" if np.isnan(values[:, 1]).all() else
+              "L<sub>CT</sub> dashed, which begins at ln V")
     return svg(584, 200, parts, "both losses while tuning") + (
-        '<p class="note">Nats a token, at each step of tuning: L<sub>TA</sub> drawn through, '
-        "L<sub>CT</sub> dashed, which begins at ln V.</p>")
+        f'<p class="note">Nats a token, at each step of tuning: L<sub>TA</sub> drawn through, '
+        f"{dashed}.</p>")
 
 
 def example_sum(scene: Scene) -> str:
+    """Eq. 10: the losses of the sequence add up."""
     batch = collate([scene.example]).to(device_of(scene.model))
     with torch.no_grad():
         loss, loss_ta, loss_ct = cetrec_loss(scene.model, batch, scene.options.lambda_ct)
@@ -334,6 +347,7 @@ def example_sum(scene: Scene) -> str:
 
 
 def example_split(scene: Scene) -> str:
+    """§5.1.1: the three parts and their dates."""
     rows = []
     for name, part in zip(("train", "valid", "test"), scene.splits):
         times = part.times[part.targets]
@@ -344,6 +358,7 @@ def example_split(scene: Scene) -> str:
 
 
 def example_metrics(scene: Scene) -> str:
+    """§5.1.2: both metrics for a few places of the answer."""
     ranks = np.array([0, 1, 4, 5, 9, 10])
     return table(["place of the answer", *(str(r + 1) for r in ranks)], [
         ["HR@5", *(f"{x:g}" for x in hit_ratio(ranks, 5))],
@@ -354,6 +369,7 @@ def example_metrics(scene: Scene) -> str:
 
 @torch.inference_mode()
 def example_beams(scene: Scene) -> str:
+    """§5.1.4: five beams, their nearest titles, and the merged list."""
     t, model = scene.test_set, scene.model
     maker = GroundedBeams(model, t.titles, t.domain, scene.options.decoding())
     history = t.history(scene.number)
@@ -398,6 +414,14 @@ def example_reversal(scene: Scene) -> str:
         f'<p class="note">{keys}. {e(scene.run.record["protocol"])}.</p>')
 
 
+EXAMPLES = {
+    "Table 1": example_prompt, "Eq. 1": example_likelihood, "Eq. 2": example_factors,
+    "Eq. 3": example_sinusoidal, "Eq. 4": example_rotary, "Eq. 5": example_distance,
+    "Eq. 6": example_worlds, "§4.3": example_picture, "Eq. 7": example_answer,
+    "Eq. 8": example_losses, "Eq. 9": example_curves, "Eq. 10": example_sum,
+    "§5.1.1": example_split, "§5.1.2": example_metrics, "§5.1.4": example_beams,
+    "§5.4": example_reversal}
+
 # ----------------------------------------------------------------------------------------------
 # The page
 
@@ -424,7 +448,7 @@ def passage(part: Passage, scene: Scene, passed: dict[str, str]) -> str:
     words = "".join(f"<p>{paragraph}</p>" for paragraph in part.words.strip().split("\n\n"))
     listed = "".join(f'<li class="{passed[name]}"><code>{name}</code> {passed[name]}</li>'
                      for name in tests)
-    example = globals()[f"example_{part.example}"](scene) if part.example else ""
+    example = EXAMPLES[part.place](scene)
     heading = f'<h2><span class="place">{part.place}</span> {part.title}</h2>'
     left = heading + words + "".join(part.equations) + f'<div class="example">{example}</div>'
     right = "".join(map(code, part.code)) + f'<ul class="tests">{listed}</ul>'
@@ -527,6 +551,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(ap, argv)
 
     def work() -> None:
+        """The page of the run that was asked for, or of a small one."""
         for flag, wanted in (("seed", "a run that is made now"), ("data_dir", "--run")):
             if flag in given and ("run" in given) != (wanted == "--run"):
                 raise ValueError(f"{as_flag(flag)} goes with {wanted}; drop it")

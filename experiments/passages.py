@@ -1,8 +1,8 @@
 """The paper in our own words, passage by passage, for experiments/page.py.
 
 A passage says what the paper says, why, and what it leaves open. Its equation is MathML, put
-together by the few functions below; its code, tests and worked example are named here and fetched
-when the page is made.
+together by the few functions below; its code and tests are named here and fetched when the page is
+made.
 """
 
 from dataclasses import dataclass
@@ -93,7 +93,6 @@ class Passage:
     code: tuple[str, ...]           # functions and classes, by dotted names
     tests: str                      # how the names of its tests begin, after "test_"
     equations: tuple[str, ...] = ()
-    example: str = ""               # a function of experiments/page.py, without its "example_"
 
 
 PASSAGES = (
@@ -104,7 +103,7 @@ title in quotes, and asks for the next one. The answer is a title in quotes, too
 The same function writes the prompts of training and of inference: a prompt that differs by one
 space is another prompt to the model. The paper shows the prompt for films; no source has words for
 music, so those are ours.""",
-            ("data.build_prompt",), "table1", example="prompt"),
+            ("data.build_prompt",), "table1"),
     Passage("Eq. 1", "The answer's likelihood", """
 A language model is tuned to recommend by making the true next title likely, token by token, given
 the prompt and the answer's tokens so far. Only tokens of the answer count; the prompt is given.
@@ -116,8 +115,7 @@ would ever end.""",
                       total(row(i("t"), EQ, n(1)), row(o("|"), i("y"), o("|"))), i("log"),
                       sub(i("P"), row(THETA, PLUS, PHI)),
                       row(o("("), sub(i("y"), i("t")), o("|"), i("x"), COMMA,
-                          sub(i("y"), row(o("&lt;"), i("t"))), o(")"))),),
-            "likelihood"),
+                          sub(i("y"), row(o("&lt;"), i("t"))), o(")"))),)),
     Passage("Eq. 2", "Low-rank factors", """
 The weights Θ of the Llama stay as they are. Beside some of its linear maps a product of two thin
 matrices is learned, Φ. One of the two starts at zero, so tuning begins exactly at the pretrained
@@ -128,7 +126,7 @@ and values. The tiny base, which has little to adapt otherwise, has factors ever
             ("lora.add_lora", "cetrec.tuned_parameters"), "eq02",
             (equation(i("W"), i("x"), PLUS, frac(i("α"), i("r")), i("B"), i("A"), i("x"), COMMA,
                       o("&#x2003;"), i("W"), o("∈"), THETA, COMMA, o("&#x2003;"), i("A"), COMMA,
-                      i("B"), o("∈"), PHI),), "factors"),
+                      i("B"), o("∈"), PHI),)),
     Passage("Eq. 3", "Sinusoidal positions", """
 A position k becomes a vector: pairs of a sine and a cosine, each pair turning at its own speed,
 from one radian a step to almost none. A step from k to k + 1 is the same rotation wherever it
@@ -140,7 +138,7 @@ is; the flag <code>--sinpe-scale</code> makes it smaller (D8).""",
             (equation(sub(i("p"), row(i("k"), COMMA, n(2), i("t"))), EQ, i("sin"), o("("), ANGLE,
                       o(")")),
              equation(sub(i("p"), row(i("k"), COMMA, n(2), i("t"), PLUS, n(1))), EQ, i("cos"),
-                      o("("), ANGLE, o(")"))), "sinusoidal"),
+                      o("("), ANGLE, o(")")))),
     Passage("Eq. 4", "Rotary positions", """
 Instead of adding a vector one can turn the one that is there: each pair of neighbouring
 coordinates by an angle that grows with the position. Turning keeps lengths, and at position 0
@@ -158,7 +156,7 @@ reorders.""",
                               row(i("cos"), sub(i("θ"), i("t"))))),
                       matrix((sub(i("x"), row(n(2), i("t"))),),
                              (sub(i("x"), row(n(2), i("t"), PLUS, n(1))),))),
-             equation(sub(i("θ"), i("t")), EQ, ANGLE)), "rotary"),
+             equation(sub(i("θ"), i("t")), EQ, ANGLE))),
     Passage("Eq. 5", "Attention under rotation", """
 Where queries and keys are turned, their product depends on the distance of two tokens only, not on
 where they stand. This is how a Llama knows the places of its tokens, with or without CETRec.
@@ -168,7 +166,7 @@ by t + k inside every layer (<code>--temporal rope-attention</code>, D2).""",
             ("llama.Attention",), "eq05",
             (equation(o("⟨"), sub(i("R"), i("m")), i("q"), COMMA, sub(i("R"), i("n")), i("k"),
                       o("⟩"), EQ, o("⟨"), i("q"), COMMA, sub(i("R"), row(i("n"), MINUS, i("m"))),
-                      i("k"), o("⟩")),), "distance"),
+                      i("k"), o("⟩")),)),
     Passage("Eq. 6", "One temporal embedding for an item", """
 A title is several tokens, and its token positions tell how far along the <em>text</em> it is. How
 many items ago it was taken is another matter. So every token of an item gets the same extra
@@ -180,7 +178,7 @@ may reach over a closing quote. With the flag <code>--index time</code>, k is an
 (D15).""",
             ("cetrec.TemporalLlama", "data.Tokenizer.examples"), "eq06",
             (equation(X_T, EQ, sub(i("e"), i("t")), PLUS, sub(i("p"), row(i("k"), o("("), i("t"),
-                                                                     o(")")))),), "worlds"),
+                                                                     o(")")))),)),
     Passage("§4.3", "The counterfactual world", """
 What would the model say if it did not know the order? A twin of the network, with the same
 weights, reads the same tokens, but every item has the position p₀. The order of the titles in the
@@ -190,7 +188,7 @@ text stays; what is erased is the temporal embedding's knowledge of it.
 take the newest (D1). Both worlds run as rows of one pass.""",
             ("cetrec.erase_order", "cetrec.world_logits", "cetrec.twin_forward"), "sec4_3",
             (equation(X_0, o(":"), o("&#x2003;"), sub(i("p"), i("k")), o("→"), sub(i("p"), n(0)),
-                      said(" for every item")),), "picture"),
+                      said(" for every item")),)),
     Passage("Eq. 7", "The effect of order", """
 What order contributed to the prediction is what the two worlds differ by. In logits, a difference
 of two worlds is a ratio of their probabilities.
@@ -198,7 +196,7 @@ of two worlds is a ratio of their probabilities.
 §4.4 calls f a distribution. A difference of distributions sums to zero and cannot enter a
 cross-entropy; we take logits, as the code of CFT does (D3).""",
             ("cetrec.answer_log_likelihood",), "eq07",
-            (equation(sub(i("CE"), i("T")), EQ, F_T, MINUS, F_0),), "answer"),
+            (equation(sub(i("CE"), i("T")), EQ, F_T, MINUS, F_0),)),
     Passage("Eq. 8", "The counterfactual loss", """
 The difference alone shall predict the answer: its softmax enters a cross-entropy. Where the worlds
 agree it is uniform, the loss is ln V, and the gradient is zero, so something else has to give the
@@ -208,19 +206,19 @@ What this loss rewards in the end is an erased world that predicts nothing: for 
 world, the best erased one is f(x<sub>t</sub>) − log p. docs/rewards.md has the argument and what
 was measured.""",
             ("cetrec.counterfactual_loss",), "eq08",
-            (equation(L_CT, EQ, of("ℓ", F_T, MINUS, F_0, COMMA, i("y"))),), "losses"),
+            (equation(L_CT, EQ, of("ℓ", F_T, MINUS, F_0, COMMA, i("y"))),)),
     Passage("Eq. 9", "The temporal-aware loss", """
 The factual world shall predict the answer. It is Eq. 1 with temporal embeddings, and it is what is
 minimised where λ = 0, the paper's "w.o. CT".""",
             ("cetrec.temporal_aware_loss",), "eq09",
-            (equation(L_TA, EQ, of("ℓ", F_T, COMMA, i("y"))),), "curves"),
+            (equation(L_TA, EQ, of("ℓ", F_T, COMMA, i("y"))),)),
     Passage("Eq. 10", "Both together", """
 The two losses are added with a weight λ. The paper tries 0.01 to 10 and does not say which it took
 (D5); here it is 0.1.
 
 Only the factual world is used to recommend, so validation looks at L<sub>TA</sub> alone.""",
             ("cetrec.cetrec_loss", "cetrec.backward"), "eq10",
-            (equation(i("L"), EQ, L_TA, PLUS, LAMBDA, L_CT),), "sum"),
+            (equation(i("L"), EQ, L_TA, PLUS, LAMBDA, L_CT),)),
     Passage("§5.1.1", "Sequences and the split", """
 Every item of a user with at least three items before it is an answer, and up to ten items before
 it are its history. Sequences are split 8 : 1 : 1 by the time of the answer, over all users
@@ -228,14 +226,14 @@ together.
 
 Table 2's counts are those of the whole MovieLens-1M although the text samples a tenth (D4);
 LastFM's sequences, as the field uses them, are not in the order of time at all (D9).""",
-            ("data.make_sequences", "data.split_by_time"), "sec5_1_1", example="split"),
+            ("data.make_sequences", "data.split_by_time"), "sec5_1_1"),
     Passage("§5.1.2", "Hit ratio and NDCG", """
 The answer's place in a list of ten is all that counts. All items of the catalogue compete, less
 those of the history (D13).""",
             ("evaluate.hit_ratio", "evaluate.ndcg"), "sec5_1_2",
             (equation(i("NDCG@K"), EQ, frac(n(1), row(sub(i("log"), n(2)), o("("), i("rank"), PLUS,
                                                      n(2), o(")"))),
-                      said(" where "), i("rank"), o("&lt;"), i("K")),), "metrics"),
+                      said(" where "), i("rank"), o("&lt;"), i("K")),)),
     Passage("§5.1.4", "From free text to ten items", """
 Five beams write five texts. Each text is matched with the title whose embedding is nearest. Five
 texts give five items; their second-nearest titles complete the ten. Order, duplicates and ties are
@@ -243,14 +241,12 @@ left open (D7), and so are the length normalisation (D10) and the weights that e
 
 Beside the paper's lists the command makes another kind: ten beams that can only write titles. On
 the synthetic world it shows how much of a model the grounding hides.""",
-            ("evaluate.merge_lists", "evaluate.nearest", "evaluate.GroundedBeams"), "sec5_1_4",
-            example="beams"),
+            ("evaluate.merge_lists", "evaluate.nearest", "evaluate.GroundedBeams"), "sec5_1_4"),
     Passage("§5.4", "Does order count?", """
 Reverse the test histories and see what the metrics lose (Fig. 4). A model that reads the order
 must lose; but losing proves little by itself, because a Llama without any temporal embedding reads
 the order of the text and loses, too.""",
-            ("evaluate.evaluate_order", "evaluate.relative_change"), "sec5_4",
-            example="reversal"))
+            ("evaluate.evaluate_order", "evaluate.relative_change"), "sec5_4"))
 
 # ----------------------------------------------------------------------------------------------
 # The other systems of Table 3: what they are, their equation, and where they differ in code

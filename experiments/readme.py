@@ -193,8 +193,9 @@ PARTS = {"map": paper_map, "first-run": first_run, "first-table": first_table,
 
 
 def with_parts(text: str) -> str:
-    """A file's text with all its parts made anew. Raises KeyError for an unknown part."""
+    """A file's text with all its parts made anew. Raises ValueError for an unknown part."""
     def made(match: re.Match) -> str:
+        """One part with the lines that name it and end it."""
         name = match["name"]
         if name in PARTS:
             lines = PARTS[name]()

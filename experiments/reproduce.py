@@ -85,6 +85,7 @@ OTHER_READINGS = {
 def world_sections() -> Iterable[Section]:
     """Worlds by what counts in them: nothing but the set, order, or order and time."""
     def rows(kinds: Iterable[str], indices: Iterable[str], more: list[str]) -> dict:
+        """w.o. Both, and each embedding by each index with and without L_CT."""
         made = {"w.o. Both": [*PLAIN, *more]}
         for kind in kinds:
             for index in indices:
@@ -120,10 +121,10 @@ TARGETS: dict[str, Callable[[], Iterable[Section]]] = {
 Records = dict[str, list[dict]]         # row of a section -> its record for each seed
 
 
-def short(folder: Path) -> dict:
-    """What is kept of run.json: for each list its four metrics, by how much they change where
-    histories are reversed or shuffled, and the standard errors of all that."""
-    record = read_object(folder / "run.json") | Run.from_folder(folder).record  # the latest lists
+def short(run: Run) -> dict:
+    """What is kept of a run with its latest lists: for each list its four metrics, by how much they
+    change where histories are reversed or shuffled, and the standard errors of all that."""
+    record = read_object(run.folder / "run.json") | run.record
     shown = {row: scores for row, scores in record["rows"].items()
              if row in (*BEYOND, MISLED, *lists_of(record)) or " | change, " in row}
     rows = {row: [[round(x, 5) for x in scores[m]] for m in METRICS]
@@ -132,7 +133,7 @@ def short(folder: Path) -> dict:
             "effect": [round(x, 4) for x in record.get("effect", [])],
             "validation_ta": round(min(record["tuning"]["validation_ta"]), 4),
             "seconds": round(record["tuning"]["seconds"], 1), "rows": rows,
-            "worlds": worlds_by_share(folder / "worlds.json")}
+            "worlds": worlds_by_share(run.folder / "worlds.json")}
 
 
 def worlds_by_share(path: Path) -> dict[str, list[float]]:
@@ -243,7 +244,7 @@ def compared(runs: dict[str, list[Run]]) -> list[str]:
 # Figures, for which matplotlib is wanted
 
 
-def drawing(target: str, runs: dict[str, list[Run]]):
+def drawing(target: str, runs: dict[str, list[Run]], records: Records):
     """The figure of a target, or None. Where it shows single runs, they are of the first seed."""
     if not figures.figures_available():
         print(figures.NO_MATPLOTLIB)
@@ -251,8 +252,8 @@ def drawing(target: str, runs: dict[str, list[Run]]):
     first = [of_seeds[0] for of_seeds in runs.values()]
     if target == "FIGURE4":
         ending, rates = f"{first[0].lists[0]} | change, reversed", {}
-        for name, of_seeds in runs.items():
-            values = means([short(run.folder) for run in of_seeds], ending)
+        for name, of_seeds in records.items():
+            values = means(of_seeds, ending)
             error = values.std(axis=0, ddof=1) if len(values) > 1 else None
             rates[name] = values.mean(axis=0), error
         return figures.change_bars(rates)
@@ -288,10 +289,11 @@ def reproduce(target: str, seeds: list[int], given: dict, out: Path) -> list[str
     for title, rows in sections:
         runs = {name: [Run.from_folder(cells.folder(*flags_of(row, seed, given)))
                        for seed in seeds] for name, row in rows.items()}
-        kept += [{"section": title, "row": name, "given": stated} | short(run.folder)
-                 for name, of_seeds in runs.items() for run in of_seeds]
+        records = {name: list(map(short, of_seeds)) for name, of_seeds in runs.items()}
+        kept += [{"section": title, "row": name, "given": stated} | record
+                 for name, of_seeds in records.items() for record in of_seeds]
         kept += [{"section": title, "compared": line} for line in compared(runs)]
-        figure = drawing(target, runs)
+        figure = drawing(target, runs, records)
     name, lines = name_of(target, given), told(target, kept)
     write_whole(out / f"{name}.jsonl", "".join(json.dumps(x) + "\n" for x in kept).encode())
     write_whole(out / f"{name}.md", ("\n".join(lines) + "\n").encode())
@@ -359,7 +361,7 @@ def verify(target: str, count: int, given: dict, out: Path) -> list[str]:
     for was in cells:
         command, flags = flags_of(rows[was["section"]][was["row"]], was["seed"], was["given"] | {
             key: given[key] for key in given.keys() & HERE})
-        now = short(runs.folder(command, flags))
+        now = short(Run.from_folder(runs.folder(command, flags)))
         gaps = {}
         for row, scores in was["rows"].items():
             (old, error), (new, _) = (np.array(x).T for x in (scores, now["rows"][row]))
@@ -379,25 +381,34 @@ def main(argv: list[str] | None = None) -> int:
     ap = Parser(prog="python -m experiments.reproduce", usage="TARGET [flags]",
                 description="Make a table or a figure of the paper, or of this project's own.")
     ap.add_argument("target", choices=[*TARGETS], help=f"one of {', '.join(TARGETS)}")
-    ap.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N",
+    ap.add_argument("--seeds", type=int, nargs="+", metavar="N",
                     help="one run of every cell for each (default: 0 1 2)")
-    ap.add_argument("--recorded", action="store_true",
-                    help="print the tables of the kept records, and run nothing")
-    ap.add_argument("--verify", type=int, nargs="?", const=3, metavar="N",
-                    help="run the N quickest cells of the kept records again, and compare "
-                    "(default: 3)")
+    kept = ap.add_mutually_exclusive_group()
+    kept.add_argument("--recorded", action="store_const", const=True,
+                      help="print the tables of the kept records, and run nothing")
+    kept.add_argument("--verify", type=int, nargs="?", const=3, metavar="N",
+                      help="run the N quickest cells of the kept records again, and compare "
+                      "(default: 3)")
     add_flags(ap, Options, Where, only=SHARED)
     given = parse(ap, argv)
 
     def work() -> None:
         """What the flags ask for."""
-        target, seeds, kept = (given.pop(key) for key in ("target", "seeds", "recorded"))
-        count, out = given.pop("verify", None), Path(given.pop("out", "runs")) / "reproduce"
+        target, out = given.pop("target"), Path(given.pop("out", "runs")) / "reproduce"
+        recorded_only, count = given.pop("recorded", False), given.pop("verify", None)
+        if recorded_only or count is not None:
+            ours, more = ("--recorded", set()) if recorded_only else ("--verify", HERE)
+            if extra := given.keys() - {"data", "model", "chronological"} - more:
+                raise ValueError(f"{ours} takes runs from the records; it does not go with "
+                                 f"{', '.join(map(as_flag, sorted(extra)))}")
+        if count is not None and count < 1:
+            raise ValueError(f"--verify {count}: wanted a number of cells, from 1 on")
+        seeds = given.pop("seeds", [0, 1, 2])
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"--seeds {' '.join(map(str, seeds))}: each seed counts once")
         if target == "WORLD" and given.get("data", "synthetic") != "synthetic":
             raise ValueError("WORLD is about synthetic worlds; drop --data")
-        if kept:
+        if recorded_only:
             lines = told(target, recorded(target, given))
         elif count is not None:
             lines = verify(target, count, given, out)

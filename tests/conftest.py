@@ -1,5 +1,6 @@
 """Small models, tokenizers and worlds that several test files share."""
 
+import contextlib
 import math
 import os
 import sys
@@ -16,7 +17,7 @@ from cetrec import TemporalLlama  # noqa: E402
 from data import Tokenizer, make_sequences, split_by_time  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from support.synthetic import SyntheticWorld  # noqa: E402
-from support.tiny import tiny_tokenizer  # noqa: E402
+from support.tiny import TINY_BASES, TinyBase, tiny_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)        # the tensors of these tests are so small that threads only wait
 
@@ -112,6 +113,17 @@ def temporal(tokenizer):
 def world_splits():
     """(train, valid, test) of a synthetic world of 40 items and 120 users."""
     return split_by_time(make_sequences(SyntheticWorld(items=40).interactions(120)))
+
+
+@contextlib.contextmanager
+def small_runs():
+    """Runs on the synthetic world take a second or two here: few users, and a tinier base."""
+    draw = SyntheticWorld.interactions
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SyntheticWorld, "interactions", lambda self, seed: draw(self, 120, seed))
+        patch.setitem(TINY_BASES, "synthetic", TinyBase(
+            pieces=300, hidden_size=32, intermediate_size=64, max_sequences=64))
+        yield patch
 
 
 @pytest.fixture

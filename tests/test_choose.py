@@ -5,23 +5,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import small_runs
 
 import cetrec
 from cetrec import open_model
 from evaluate import METRICS, GroundedBeams, list_values
 from experiments import choose
 from support.runs import open_data, read_run
-from support.synthetic import SyntheticWorld
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run of few steps."""
-    out, draw = tmp_path_factory.mktemp("choose"), SyntheticWorld.interactions
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SyntheticWorld, "interactions", lambda self, seed: draw(self, 120, seed))
-        patch.setitem(cetrec.TINY_BASES, "synthetic", cetrec.TinyBase(
-            pieces=300, hidden_size=32, intermediate_size=64, max_sequences=64))
+    out = tmp_path_factory.mktemp("choose")
+    with small_runs():
         assert cetrec.main(["--max-steps", "4", "--batch-size", "16", "--limit-train", "64",
                             "--eval-sequences", "9", "--out", str(out)]) == 0
         yield out / "synthetic-rope-1"
@@ -37,7 +34,7 @@ def test_lists_are_made_for_validation_and_valued_by_hand(folder, capsys):
     valid_set = valid_set.sample(9, options.seed)
     histories = [valid_set.history(i) for i in range(9)]
     law, rows = world.law(histories), {}
-    for told, how in (("as the run has it", {}), ("--exclude-history False",
+    for told, how in (("as the run has it", {}), ("--no-exclude-history",
                                                   {"exclude_history": False}),
                       ("--ground-with tuned", {"ground_with": "tuned"})):
         decoding = replace(options.decoding(), **how)
@@ -48,9 +45,14 @@ def test_lists_are_made_for_validation_and_valued_by_hand(folder, capsys):
         line = next(x for x in text.splitlines() if x.startswith(told))
         assert [float(x) for x in re.findall(r"(\S+) ± ", line)] == pytest.approx(values, abs=6e-5)
     gains = [float(x) for x in re.findall(r"^  \S+ +([-+]\d\.\d+)  \[", text, re.M)]
-    wanted = [*(rows["--exclude-history False"] - rows["as the run has it"]),
+    wanted = [*(rows["--no-exclude-history"] - rows["as the run has it"]),
               *(rows["--ground-with tuned"] - rows["as the run has it"])]
     assert gains == pytest.approx(wanted, abs=6e-5) and len(gains) == 2 * len(METRICS)
+
+
+def test_a_flag_that_would_change_nothing_is_refused(folder, capsys):
+    assert choose.main([str(folder), "--lists", "titles,beams", "--ground-with", "tuned"]) == 2
+    assert "--ground-with goes with --lists beams" in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_one_line(tmp_path, capsys):

@@ -46,7 +46,7 @@ def commands_in(text: str) -> list[str]:
         choices = [word.split("|") for word in line.split(" ")]
         for n in range(max(map(len, choices))):
             words = [words[n % len(words)] for words in choices]
-            found.append(" ".join(WORDS.get(word, word) for word in words).replace("  ", " "))
+            found.append(" ".join(filter(None, (WORDS.get(word, word) for word in words))))
     return [line for line in dict.fromkeys(found) if not NOT_HERE & set(line.split())]
 
 

@@ -89,7 +89,9 @@ def test_tied_tables_score_an_item_by_its_own_embedding(name):
         assert model.embedding.weight.grad[7].abs().sum() > 0
 
 
-def test_tied_tables_do_not_fit_caser():
+def test_tied_tables_do_not_fit_caser_and_the_command_says_so(capsys):
+    assert id_baselines.main(["--method", "caser", "--tied"]) == 2
+    assert "--tied does not go with caser" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--tied does not go with caser"):
         recipe(method="caser", tied=True)
 

@@ -14,15 +14,14 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from conftest import small_runs
 
 pytest.importorskip("pygments")
 
-import cetrec
 from experiments import page, passages
 from experiments.markup import typeset
 from experiments.page import ROOT, code, markdown_table, source_of
 from experiments.readme import PLACES
-from support.synthetic import SyntheticWorld
 
 SMALL = {"limit_train": 64, "max_steps": 4, "batch_size": 16, "eval_sequences": 12}
 
@@ -30,12 +29,9 @@ SMALL = {"limit_train": 64, "max_steps": 4, "batch_size": 16, "eval_sequences": 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(page.html, the scene that it shows)"""
-    out, draw, scenes = tmp_path_factory.mktemp("page"), SyntheticWorld.interactions, []
+    out, scenes = tmp_path_factory.mktemp("page"), []
     keep = page.scene_of
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SyntheticWorld, "interactions", lambda self, seed: draw(self, 120, seed))
-        patch.setitem(cetrec.TINY_BASES, "synthetic", cetrec.TinyBase(
-            pieces=300, hidden_size=32, intermediate_size=64, max_sequences=64))
+    with small_runs() as patch:
         patch.setattr(page, "SMALL", SMALL)
         patch.setattr(page, "scene_of", lambda *given: scenes.append(keep(*given)) or scenes[0])
         assert page.main(["--out", str(out)]) == 0
@@ -50,6 +46,7 @@ def test_every_place_of_the_paper_is_a_passage_with_tests_that_passed(made):
     places = [part.place for part in passages.PASSAGES]
     assert set(places) == PLACES.keys() - {"§4.2", "§4.4", "§5.1.3"}    # which are in others
     assert all(f'<span class="place">{place}</span>' in text for place in places)
+    assert page.EXAMPLES.keys() == set(places)
     tests = re.findall(r'<li class="(\w+)"><code>(test_\w+)</code> (\w+)</li>', text)
     assert len(tests) > 30 and {outcome for pair in tests for outcome in (pair[0], pair[2])} == {
         "passed"}

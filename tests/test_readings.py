@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import small_runs
 import torch
 
 import cetrec
@@ -13,7 +14,6 @@ from data import NO_ITEM, collate, show_prompt
 from experiments import readings
 from experiments.readings import (READINGS, Chronological, ShuffledText, entropy, erase_to_oldest,
                                   from_the_oldest, permute, probabilities_difference)
-from support.synthetic import SyntheticWorld
 
 POS = torch.tensor([[NO_ITEM, 2, 2, NO_ITEM, 1, 0, NO_ITEM, NO_ITEM],
                     [NO_ITEM, 3, 2, 1, 1, NO_ITEM, 0, 0]])
@@ -131,11 +131,8 @@ def test_every_reading_is_another_one(temporal, batch, name):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Flags of a run that takes a second or two, and its folder."""
-    out, draw = tmp_path_factory.mktemp("readings"), SyntheticWorld.interactions
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SyntheticWorld, "interactions", lambda self, seed: draw(self, 120, seed))
-        patch.setitem(cetrec.TINY_BASES, "synthetic", cetrec.TinyBase(
-            pieces=300, hidden_size=32, intermediate_size=64, max_sequences=64))
+    out = tmp_path_factory.mktemp("readings")
+    with small_runs():
         yield ["--max-steps", "4", "--batch-size", "16", "--limit-train", "64", "--eval-sequences",
                "6", "--out", str(out)], out
 

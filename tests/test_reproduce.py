@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from conftest import small_runs
 
 import cetrec
 from experiments import figures, reproduce
 from experiments.report import Run
-from support.synthetic import SyntheticWorld
 
 SMALL = ["--max-steps", "2", "--limit-train", "64", "--eval-sequences", "8"]
 
@@ -56,11 +56,8 @@ def test_worlds_are_told_where_they_were_noted(tmp_path):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The folder below which TABLE4 was made, twice, with two rows and two seeds."""
-    out, draw = tmp_path_factory.mktemp("reproduce"), SyntheticWorld.interactions
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SyntheticWorld, "interactions", lambda self, seed: draw(self, 120, seed))
-        patch.setitem(cetrec.TINY_BASES, "synthetic", cetrec.TinyBase(
-            pieces=300, hidden_size=32, intermediate_size=64, max_sequences=64))
+    out = tmp_path_factory.mktemp("reproduce")
+    with small_runs() as patch:
         rows = {"w.o. Both": reproduce.PLAIN, "stated": ["--reading", "stopped", *reproduce.STATED]}
         for target in ("TABLE4", "FIGURE4", "FIGURE5", "READINGS"):
             patch.setitem(reproduce.TARGETS, target, lambda: [("Title", rows)])
@@ -139,6 +136,13 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys):
     assert "TABLE4-no-such.jsonl: not found; there are records of" in capsys.readouterr().err
     assert reproduce.main(["TABLE4", "--seeds", "1", "2", "1"]) == 2
     assert "--seeds 1 2 1: each seed counts once" in capsys.readouterr().err
+    for flags, message in (
+            (["--recorded", "--seeds", "1"], "--recorded takes runs from the records; it does not "
+             "go with --seeds"),
+            (["--verify", "--max-steps", "1"], "it does not go with --max-steps"),
+            (["--verify", "0"], "--verify 0: wanted a number of cells, from 1 on")):
+        assert reproduce.main(["TABLE4", *flags]) == 2
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         reproduce.main(["TABLE5"])
     assert stop.value.code == 2 and "invalid choice: 'TABLE5'" in capsys.readouterr().err

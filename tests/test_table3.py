@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from conftest import small_runs
 
 import cetrec
 from experiments import id_baselines, table3
-from support.synthetic import SyntheticWorld
 
 SYSTEMS = {"SASRec": (id_baselines.main, ["--method", "sasrec", "--epochs", "2", "--width", "8"]),
            "BIGRec": (cetrec.main, ["--temporal", "none", "--max-steps", "2", "--batch-size", "16",
@@ -17,12 +17,9 @@ SYSTEMS = {"SASRec": (id_baselines.main, ["--method", "sasrec", "--epochs", "2",
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(the folder, what was printed, how often each command was called)"""
-    out, draw = tmp_path_factory.mktemp("table"), SyntheticWorld.interactions
+    out = tmp_path_factory.mktemp("table")
     calls = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SyntheticWorld, "interactions", lambda self, seed: draw(self, 120, seed))
-        patch.setitem(cetrec.TINY_BASES, "synthetic", cetrec.TinyBase(
-            pieces=300, hidden_size=32, intermediate_size=64, max_sequences=64))
+    with small_runs() as patch:
         patch.setattr(table3, "SYSTEMS", {name: (command, own) for name, (command, own) in
                                           SYSTEMS.items()})
         given = ["--seeds", "0", "1", "--systems", "SASRec", "BIGRec", "--eval-sequences", "6",
