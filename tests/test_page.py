@@ -7,6 +7,7 @@ without chromium and chromedriver these tests are skipped.
 import json
 import re
 import shutil
+import socket
 import subprocess
 import time
 import urllib.request
@@ -100,6 +101,26 @@ def test_numbers_are_those_of_the_run(made):
     assert "<th>p<sub>2</sub></th><td>0.909</td><td>−0.416</td><td>0.199</td>" in text
 
 
+def test_worlds_and_effects_of_the_page_by_hand(made):
+    scene = made[1]
+    t, number = scene.test_set, scene.number
+    history = t.words(t.history(number))
+    factual, erased = page.example_worlds(scene).split("<p>The erased one")
+    assert re.findall(r'<span class="item"[^>]*>([^<]+)<sub>k=(\d+)</sub>', factual) == [
+        (title, str(len(history) - 1 - i)) for i, title in enumerate(history)]
+    assert re.findall(r'<span class="item"[^>]*>([^<]+)<sub>k=(\d+)</sub>', erased) == [
+        (title, "0") for title in history]
+    targets, *worlds = scene.worlds()
+    log_f, log_cf = (logits.double().log_softmax(1)[range(len(targets)), targets]
+                     for logits in worlds)
+    shown = [[float(x.replace("−", "-")) for x in re.findall(r"<td>([^<]+)</td>", row)]
+             for row in page.example_answer(scene).split("<tr>")[2:]]
+    wanted = [[float(f), float(cf), float(f - cf)] for f, cf in zip(log_f, log_cf)]
+    assert len(shown) == len(targets) + 1
+    for cells, numbers in zip(shown, [*wanted, [sum(x) for x in zip(*wanted)]]):
+        assert cells == pytest.approx(numbers, abs=6e-4)
+
+
 def torch_cross_entropy(logits, targets):
     p = logits.double().exp()
     p = p / p.sum(dim=1, keepdim=True)
@@ -153,7 +174,10 @@ def test_a_run_that_is_there_can_be_shown_and_errors_are_one_line(tmp_path, caps
 class Browser:
     """A headless Chromium, by the W3C WebDriver protocol."""
 
-    def __init__(self, port: int):
+    def __init__(self):
+        with socket.socket() as free:                   # a port that nobody uses
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         self.process = subprocess.Popen([shutil.which("chromedriver"), f"--port={port}"],
                                         stdout=subprocess.DEVNULL)
         self.url = f"http://127.0.0.1:{port}/session"
@@ -190,7 +214,7 @@ class Browser:
 def browser():
     if not shutil.which("chromium") or not shutil.which("chromedriver"):
         pytest.skip("no chromium with chromedriver")
-    driver = Browser(9_517)
+    driver = Browser()
     yield driver
     driver.ask("DELETE", "")
     driver.process.kill()
