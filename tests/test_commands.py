@@ -137,7 +137,7 @@ def run(command: str) -> int:
     name = words[0] if words[0] != "-m" else words[1].removeprefix("experiments.")
     given = words[1:] if words[0] != "-m" else words[2:]
     main, short = SHORT[name]
-    if given and given[0] in ("--resume", "--eval-only", "--reproduce") or "--recorded" in given:
+    if {"--resume", "--eval-only", "--reproduce", "--recorded", "--verify"} & set(given):
         short = []
     flags = [*given, *short]
     for flag in {f for f in given if f.startswith("--")} & set(short):      # what is said counts
