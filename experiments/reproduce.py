@@ -39,6 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 SHARED = {"data", "data_dir", "sample", "model", "chronological", "limit_train", "lr", "epochs",
           "batch_size", "max_steps", "lists", "eval_sequences", "device", "out"}
 HERE = {"data_dir", "model", "device"}  # what is elsewhere on another machine
+NAMING = {"data", "model", "limit_train", "chronological"}      # what records are told apart by
 BEYOND = ("best, clock-aware", "best, order-aware", "best, order-blind",
           "co-occurrence, newest item", "co-occurrence, whole history", "popularity")
 SHARES = (0, 0.05, 0.1, 0.25, 0.5, 1)
@@ -106,7 +107,7 @@ def world_sections() -> Iterable[Section]:
 
 TARGETS: dict[str, Callable[[], Iterable[Section]]] = {
     "TABLE4": lambda: [("Table 4", ABLATION)],
-    "FIGURE4": lambda: [("Figure 4", ABLATION)],
+    "FIGURE4": lambda: [("Table 4", ABLATION)],         # the same runs, and the same records
     "FIGURE5": lambda: [("Figure 5", {"w.o. Both": PLAIN, "CETRec-RoPE": STATED})],
     "LAMBDA": lambda: [("λ", {f"λ = {x}": tuned("rope", x) for x in (
         "0", "0.01", "0.1", "0.5", "1", "10")})],
@@ -209,7 +210,7 @@ def lists_of(record: dict) -> list[str]:
 
 def changes(records: Records) -> list[str]:
     """Fig. 4: by how much each metric changes under reversal, in per cent."""
-    lines = [f"| | list | {' | '.join(METRICS)} |", "|---|---|" + "---|" * len(METRICS)]
+    lines = [f"| reversed, % | list | {' | '.join(METRICS)} |", "|---|---|" + "---|" * len(METRICS)]
     for name, of_seeds in records.items():
         for made in lists_of(of_seeds[0]):
             rates = means(of_seeds, f"{made} | change, reversed").T
@@ -304,9 +305,10 @@ def reproduce(target: str, seeds: list[int], given: dict, out: Path) -> list[str
 
 def name_of(target: str, given: dict) -> str:
     """What a target's files are called."""
-    places = {"data": "synthetic"} | {key: given[key] for key in given.keys() & {"data", "model"}}
-    return "-".join([target, *(Path(places[key]).name for key in sorted(places))]
-                    + ["chronological"] * ("chronological" in given))
+    said = {"data": "synthetic"} | {key: given[key] for key in given.keys() & NAMING}
+    said = {key: key if value is True else Path(str(value)).name for key, value in said.items()}
+    return "-".join([target, *(said[key] for key in ("data", "chronological", "limit_train",
+                                                     "model") if key in said)])
 
 
 def told(target: str, kept: list[dict]) -> list[str]:
@@ -339,7 +341,7 @@ def rows_of(kept: list[dict]) -> Records:
 
 def recorded(target: str, given: dict) -> list[dict]:
     """The kept records of a target. Raises FileNotFoundError."""
-    path = RESULTS / f"{name_of(target, given)}.jsonl"
+    path = RESULTS / f"{name_of(target.replace('FIGURE4', 'TABLE4'), given)}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; there are records of "
                                 f"{', '.join(sorted(p.stem for p in RESULTS.glob('*.jsonl')))}")
@@ -398,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
         recorded_only, count = given.pop("recorded", False), given.pop("verify", None)
         if recorded_only or count is not None:
             ours, more = ("--recorded", set()) if recorded_only else ("--verify", HERE)
-            if extra := given.keys() - {"data", "model", "chronological"} - more:
+            if extra := given.keys() - NAMING - more:
                 raise ValueError(f"{ours} takes runs from the records; it does not go with "
                                  f"{', '.join(map(as_flag, sorted(extra)))}")
         if count is not None and count < 1:

@@ -84,12 +84,14 @@ def test_the_parts_of_a_page_are_made_anew_and_nothing_else(monkeypatch, tmp_pat
     scores = [[0.25, 0.1]] * 4
     entry = {"section": "Table 4", "seed": 0, "protocol": "p", "effect": [],
              "validation_ta": 1.0, "worlds": {}, "rows": dict.fromkeys(
-                 [f"10 beams on titles{more}" for more in
-                  ("", " | change, reversed", " | change, shuffled")], scores)}
+                 ["co-occurrence, whole history", *(f"10 beams on titles{more}" for more in (
+                     "", " | change, reversed", " | change, shuffled"))], scores)}
     (tmp_path / "TABLE4-x.jsonl").write_text("".join(
         json.dumps({"row": row} | entry) + "\n" for row in ABLATION))
-    for name, wanted in (("results", "| x | CETRec-RoPE | 0.2500 | 0.2500 | +0.2 |"), (
-            "TABLE4-x", "| w.o. Both | 10 beams on titles | 0.2500 | 0.2500 | 0.2500 | 0.2500 |")):
+    for name, wanted in (
+            ("results", f"| x, HR@10 |{' 0.250 |' * 6}\n| x, NDCG@10 reversed, % |{' +0 |' * 5}  |"),
+            ("TABLE4-x", f"| w.o. Both | 10 beams on titles |{' 0.2500 |' * 4}"),
+            ("FIGURE4-x", f"| w.o. Both | 10 beams on titles |{' +0.2 |' * 4}")):
         page = f"before\n<!-- made: {name} -->\nold\n<!-- end -->\nafter\n"
         anew = with_parts(page)
         assert wanted in anew and "old" not in anew and with_parts(anew) == anew

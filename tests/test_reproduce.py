@@ -74,7 +74,7 @@ def made(tmp_path_factory):
 
 def test_cells_are_made_once_and_tables_hold_what_they_found(made):
     folder = made / "reproduce"
-    text = (folder / "TABLE4-synthetic.md").read_text()
+    text = (folder / "TABLE4-synthetic-64.md").read_text()
     runs = {(json.loads(p.read_text())["method"], json.loads(p.read_text())["options"]["seed"]):
             Run.from_folder(p.parent) for p in folder.glob("*/run.json")}
     plain, other = ([runs[method, seed] for seed in (0, 1)] for method in ("cetrec", "stopped"))
@@ -88,21 +88,25 @@ def test_cells_are_made_once_and_tables_hold_what_they_found(made):
     for cell, gain in zip(paired.split(" | ")[2:], gains.mean(axis=0)):
         assert cell.startswith(f"{gain:+.4f} [")
     assert "8 test sequences" in text and "seeds 0, 1" in text
-    rates = (folder / "FIGURE4-synthetic.md").read_text()
+    rates = (folder / "FIGURE4-synthetic-64.md").read_text()
     assert "minus" not in rates and "| w.o. Both | 5 beams, grounded | " in rates
 
 
 def test_kept_records_make_the_same_tables_and_name_no_place(made, capsys):
-    assert reproduce.main(["TABLE4", "--recorded", "--out", str(made)]) == 0
-    printed = capsys.readouterr().out
-    assert printed == (made / "reproduce" / "TABLE4-synthetic.md").read_text()
-    kept = (made / "reproduce" / "TABLE4-synthetic.jsonl").read_text()
+    for target in ("TABLE4", "FIGURE4"):        # which have the same records
+        name = f"{target}-synthetic-64"
+        (made / "reproduce" / "FIGURE4-synthetic-64.jsonl").unlink(missing_ok=True)
+        assert reproduce.main([target, "--recorded", "--limit-train", "64",
+                               "--out", str(made)]) == 0
+        printed = capsys.readouterr().out
+        assert printed == (made / "reproduce" / f"{name}.md").read_text()
+    kept = (made / "reproduce" / "TABLE4-synthetic-64.jsonl").read_text()
     assert str(made) not in kept and kept.count('"row"') == 4
 
 
 def test_records_are_verified_by_running_again(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
-    lines = [json.loads(line) for line in (made / "reproduce" / "TABLE4-synthetic.jsonl")
+    lines = [json.loads(line) for line in (made / "reproduce" / "TABLE4-synthetic-64.jsonl")
              .read_text().splitlines()]
     told = {"": 0, "0.01": 0, "3.5": 2}
     for shift, status in told.items():
@@ -110,9 +114,10 @@ def test_records_are_verified_by_running_again(made, tmp_path, monkeypatch, caps
             for x in (x for x in lines if "row" in x):
                 mean, error = x["rows"]["popularity"][2]
                 x["rows"]["popularity"][2] = [mean + float(shift) * max(error, 1e-4), error]
-        (tmp_path / "TABLE4-synthetic.jsonl").write_text("".join(
+        (tmp_path / "TABLE4-synthetic-64.jsonl").write_text("".join(
             json.dumps(x) + "\n" for x in lines))
-        assert reproduce.main(["TABLE4", "--verify", "2", "--out", str(tmp_path)]) == status
+        assert reproduce.main(["TABLE4", "--verify", "2", "--limit-train", "64",
+                               "--out", str(tmp_path)]) == status
         printed = "".join(capsys.readouterr())
         assert printed.count("| seed ") >= 2 and ("| the same" in printed) == (not shift)
         if shift:
@@ -123,8 +128,8 @@ def test_records_are_verified_by_running_again(made, tmp_path, monkeypatch, caps
 def test_figures_are_drawn_where_there_is_something_to_draw(made):
     pytest.importorskip("matplotlib")
     for target in ("FIGURE4", "FIGURE5", "READINGS"):
-        assert (made / "reproduce" / f"{target}-synthetic.svg").stat().st_size > 5_000
-    assert not (made / "reproduce" / "TABLE4-synthetic.svg").exists()
+        assert (made / "reproduce" / f"{target}-synthetic-64.svg").stat().st_size > 5_000
+    assert not (made / "reproduce" / "TABLE4-synthetic-64.svg").exists()
     assert figures.entropy_curves({}, 300) is None
 
 
@@ -150,9 +155,9 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys):
 
 def test_records_are_named_by_target_data_and_base():
     assert [reproduce.name_of("TABLE4", given) for given in (
-        {}, {"data": "a/ml-100k"}, {"model": "x/smollm2"},
+        {}, {"data": "a/ml-100k", "lr": 1.0}, {"model": "x/smollm2", "limit_train": 960},
         {"data": "lastfm", "chronological": True})] == [
-        "TABLE4-synthetic", "TABLE4-ml-100k", "TABLE4-synthetic-smollm2",
+        "TABLE4-synthetic", "TABLE4-ml-100k", "TABLE4-synthetic-960-smollm2",
         "TABLE4-lastfm-chronological"]
 
 
