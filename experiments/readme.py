@@ -25,7 +25,7 @@ from support.terminal import Parser, exit_status
 
 ROOT = Path(__file__).parent.parent
 FIVE = ("llama", "lora", "data", "cetrec", "evaluate")
-PART = re.compile(r"(<!-- made: (?P<name>[\w.-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+PART = re.compile(r"(<!-- made: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # Place in the paper -> what is there, and how the names of its tests in test_equations.py begin.
 PLACES = {
@@ -204,7 +204,7 @@ def with_parts(text: str) -> str:
             lines = told(name.partition("-")[0], read_records(path))
         else:
             raise ValueError(f"<!-- made: {name} -->: there is no such part, and no {path}")
-        return match[1] + "\n".join(lines) + match[3]
+        return match[1] + "".join(f"{line}\n" for line in lines) + match[3]
     return PART.sub(made, text)
 
 

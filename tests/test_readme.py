@@ -97,6 +97,8 @@ def test_the_parts_of_a_page_are_made_anew_and_nothing_else(monkeypatch, tmp_pat
         assert wanted in anew and "old" not in anew and with_parts(anew) == anew
         assert anew.startswith(page[:page.index("old")])
         assert anew.endswith("\n<!-- end -->\nafter\n")
+        empty = f"<!-- made: {name} -->\n<!-- end -->\nbetween\n"
+        assert with_parts(2 * empty).count("\nbetween\n") == 2
     with pytest.raises(ValueError, match="there is no such part"):
         with_parts("<!-- made: nothing -->\n\n<!-- end -->")
 
