@@ -37,8 +37,9 @@ from support.terminal import Parser, exit_status
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = {"data", "data_dir", "sample", "model", "chronological", "limit_train", "lr", "epochs",
-          "batch_size", "max_steps", "lists", "eval_sequences", "device", "out"}
-HERE = {"data_dir", "model", "device"}  # what is elsewhere on another machine
+          "batch_size", "max_steps", "lists", "eval_sequences", "device", "dtype", "micro_batch",
+          "out"}
+HERE = {"data_dir", "model", "device", "dtype", "micro_batch"}  # of one machine, not of the record
 NAMING = {"data", "model", "limit_train", "chronological"}      # what records are told apart by
 BEYOND = ("best, clock-aware", "best, order-aware", "best, order-blind",
           "co-occurrence, newest item", "co-occurrence, whole history", "popularity")
