@@ -132,11 +132,15 @@ def entropy_curves(worlds: dict[str, list[dict]], vocabulary: int):
     """
     if not worlds:
         return None
-    fig, panels = _panels(len(worlds), 1.8)
+    rows = -(-len(worlds) // 2)
+    fig = _figure(WIDE, 1.3 * rows + 0.5)
+    panels = fig.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flatten()
+    for ax in panels[len(worlds):]:
+        ax.set_axis_off()
     for ax, (name, notes) in zip(panels, worlds.items()):
         done = np.arange(1, len(notes) + 1) / len(notes)
         for world, colour, style in (("factual", DARK, "-"), ("erased", MIDDLE, "--")):
-            ax.plot(done, [note[world] for note in notes], style, color=colour, linewidth=1.4,
+            ax.plot(done, [note[world] for note in notes], style, color=colour, linewidth=1,
                     label=f"{world} world")
         ax.axhline(math.log(vocabulary), color="0.4", linewidth=1, linestyle=":",
                    label="ln V: nothing is known")
