@@ -313,14 +313,15 @@ def name_of(target: str, given: dict) -> str:
 
 
 def told(target: str, kept: list[dict]) -> list[str]:
-    """All tables of a target as lines of Markdown."""
-    lines = []
-    for title in dict.fromkeys(entry["section"] for entry in kept):
+    """All tables of a target as lines of Markdown, with headings where it has several sections."""
+    lines, titles = [], dict.fromkeys(entry["section"] for entry in kept)
+    for title in titles:
         of_section = [entry for entry in kept if entry["section"] == title]
         records = rows_of(of_section)
         first = next(iter(records.values()))
-        lines += ["", f"### {title}", "", f"{first[0]['protocol']}; seeds "
-                  f"{', '.join(str(record['seed']) for record in first)}", ""]
+        seeds = ", ".join(str(record["seed"]) for record in first)
+        lines += ["", f"### {title}"] * (len(titles) > 1)
+        lines += ["", f"{first[0]['protocol']}; seed{'s' * (len(first) > 1)} {seeds}", ""]
         if target == "FIGURE4":
             lines += changes(records)
         else:
