@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import cetrec
 from experiments import (benchmark, choose, explain, fuzz, id_baselines, llm_baselines, look, page,
@@ -149,6 +150,8 @@ def run(command: str) -> int:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_readme_and_docs_works(place, command, request, capsys, monkeypatch):
+    if "--device cuda" in command and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     if "--resume" in command:
         request.getfixturevalue("interrupted")
     if "experiments.readme" in command:

@@ -89,7 +89,8 @@ def test_the_parts_of_a_page_are_made_anew_and_nothing_else(monkeypatch, tmp_pat
     (tmp_path / "TABLE4-x.jsonl").write_text("".join(
         json.dumps({"row": row} | entry) + "\n" for row in ABLATION))
     for name, wanted in (
-            ("results", f"| x, HR@10 |{' 0.250 |' * 6}\n| x, NDCG@10 reversed, % |{' +0 |' * 5}  |"),
+            ("results",
+             f"| x, HR@10 |{' 0.250 |' * 6}\n| x, NDCG@10 reversed, % |{' +0 |' * 5}  |"),
             ("TABLE4-x", f"| w.o. Both | 10 beams on titles |{' 0.2500 |' * 4}"),
             ("FIGURE4-x", f"| w.o. Both | 10 beams on titles |{' +0.2 |' * 4}")):
         page = f"before\n<!-- made: {name} -->\nold\n<!-- end -->\nafter\n"
