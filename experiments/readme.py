@@ -17,8 +17,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from evaluate import METRICS
-from experiments.reproduce import (ABLATION, RESULTS, means, read_records, rows_of, spread, told,
-                                   worlds_table)
+from experiments.reproduce import (ABLATION, RESULTS, means, read_records, record_file, rows_of,
+                                   spread, told, worlds_table)
 from support.files import write_whole
 from support.options import Options, Where, as_flag, told_default
 from support.terminal import Parser, exit_status
@@ -200,7 +200,7 @@ def with_parts(text: str) -> str:
         name = match["name"]
         if name in PARTS:
             lines = PARTS[name]()
-        elif (path := RESULTS / f"{name.replace('FIGURE4', 'TABLE4')}.jsonl").is_file():
+        elif (path := record_file(RESULTS, name)).is_file():
             lines = told(name.partition("-")[0], read_records(path))
         else:
             raise ValueError(f"<!-- made: {name} -->: there is no such part, and no {path}")

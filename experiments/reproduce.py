@@ -40,7 +40,7 @@ SHARED = {"data", "data_dir", "sample", "model", "chronological", "limit_train",
           "batch_size", "max_steps", "lists", "eval_sequences", "device", "dtype", "micro_batch",
           "out"}
 HERE = {"data_dir", "model", "device", "dtype", "micro_batch"}  # of one machine, not of the record
-NAMING = {"data", "model", "limit_train", "chronological"}      # what records are told apart by
+NAMING = ("data", "chronological", "limit_train", "model")      # what records are told apart by
 BEYOND = ("best, clock-aware", "best, order-aware", "best, order-blind",
           "co-occurrence, newest item", "co-occurrence, whole history", "popularity")
 SHARES = (0, 0.05, 0.1, 0.25, 0.5, 1)
@@ -306,10 +306,9 @@ def reproduce(target: str, seeds: list[int], given: dict, out: Path) -> list[str
 
 def name_of(target: str, given: dict) -> str:
     """What a target's files are called."""
-    said = {"data": "synthetic"} | {key: given[key] for key in given.keys() & NAMING}
-    said = {key: key if value is True else Path(str(value)).name for key, value in said.items()}
-    return "-".join([target, *(said[key] for key in ("data", "chronological", "limit_train",
-                                                     "model") if key in said)])
+    said = {"data": "synthetic"} | given
+    return "-".join([target, *(key if said[key] is True else Path(str(said[key])).name
+                               for key in NAMING if said.get(key))])
 
 
 def told(target: str, kept: list[dict]) -> list[str]:
@@ -341,9 +340,14 @@ def rows_of(kept: list[dict]) -> Records:
     return records
 
 
+def record_file(folder: Path, name: str) -> Path:
+    """The file of kept records of that name. Figure 4 has those of Table 4."""
+    return folder / f"{name.replace('FIGURE4', 'TABLE4')}.jsonl"
+
+
 def recorded(target: str, given: dict) -> list[dict]:
     """The kept records of a target. Raises FileNotFoundError."""
-    path = RESULTS / f"{name_of(target.replace('FIGURE4', 'TABLE4'), given)}.jsonl"
+    path = record_file(RESULTS, name_of(target, given))
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; there are records of "
                                 f"{', '.join(sorted(p.stem for p in RESULTS.glob('*.jsonl')))}")

@@ -10,7 +10,7 @@ import cetrec
 from experiments import figures, reproduce
 from experiments.report import Run
 
-SMALL = ["--max-steps", "2", "--limit-train", "64", "--eval-sequences", "8"]
+SMALL = ["--max-steps", "2", "--limit-train", "64", "--eval-sequences", "8", "--dtype", "float32"]
 
 
 def record(seed: int, first: float, effect=()) -> dict:
@@ -102,6 +102,7 @@ def test_kept_records_make_the_same_tables_and_name_no_place(made, capsys):
         assert printed == (made / "reproduce" / f"{name}.md").read_text()
     kept = (made / "reproduce" / "TABLE4-synthetic-64.jsonl").read_text()
     assert str(made) not in kept and kept.count('"row"') == 4
+    assert "float32" not in kept and '"limit_train": 64' in kept
 
 
 def test_records_are_verified_by_running_again(made, tmp_path, monkeypatch, capsys):
@@ -159,6 +160,8 @@ def test_records_are_named_by_target_data_and_base():
         {"data": "lastfm", "chronological": True})] == [
         "TABLE4-synthetic", "TABLE4-ml-100k", "TABLE4-synthetic-960-smollm2",
         "TABLE4-lastfm-chronological"]
+    assert reproduce.name_of("TABLE4", {"chronological": False, "limit_train": 0}) == (
+        "TABLE4-synthetic")                 # flags that say what is so without them
 
 
 def test_what_a_row_says_counts_more_than_what_is_given():
