@@ -4,13 +4,12 @@ This file implements §3.1 (the prompt and its answer) and §5.1.1 (sequences an
 no other file of ours; read it after llama.py. Raw files and the paper's filters are in
 support/datasets.py.
 
-Shapes: N items of the catalogue, B rows of a batch, T tokens, M supervised tokens of a batch,
-A the most supervised tokens that one of its rows has.
+Shapes: N items of the catalogue, B rows of a batch, P tokens of the common prefix, T tokens behind
+it, A tokens of the batch's longest answer.
 """
 
-import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 NO_ITEM = -1        # item_pos of tokens outside items: Eq. 6 gives them the embedding "null"
-IGNORE = -100       # label of a position whose next token is not supervised
+IGNORE = -100       # label of a token that is not part of the answer
 
 
 # ----------------------------------------------------------------------------------------------
@@ -85,7 +84,7 @@ class Sequences:
         """How many days before answer i each item of its history was taken."""
         return (self.times[self.targets[i]] - self.times[self.starts[i]:self.targets[i]]) / 86_400
 
-    def words(self, items) -> list[str]:
+    def titles_of(self, items: Iterable[int]) -> list[str]:
         """Titles of the given item ids."""
         return [self.titles[item] for item in items]
 
@@ -96,7 +95,7 @@ class Sequences:
             seen[self.items[start:target + 1]] = True
         return seen
 
-    def select(self, indices) -> "Sequences":
+    def select(self, indices: np.ndarray | slice) -> "Sequences":
         """The given sequences, in the given order."""
         return replace(self, starts=self.starts[indices], targets=self.targets[indices])
 
@@ -127,7 +126,8 @@ def make_sequences(interactions: Interactions, min_history: int = 3, max_history
                      interactions.titles, interactions.domain, interactions.dated, index)
 
 
-def split_by_time(sequences: Sequences, ratios=(8, 1, 1)) -> tuple[Sequences, Sequences, Sequences]:
+def split_by_time(sequences: Sequences, ratios: tuple[int, int, int] = (8, 1, 1)
+                  ) -> tuple[Sequences, Sequences, Sequences]:
     """Split 8:1:1 by the time of the answer, so that training sees nothing of the future (§5.1.1).
 
     A split by user would let a model learn from what other users did later. Here no answer
@@ -140,7 +140,7 @@ def split_by_time(sequences: Sequences, ratios=(8, 1, 1)) -> tuple[Sequences, Se
     order = np.argsort(sequences.timestamps, kind="stable")
     a = len(order) * ratios[0] // sum(ratios)
     b = len(order) * (ratios[0] + ratios[1]) // sum(ratios)
-    return tuple(sequences.select(part) for part in (order[:a], order[a:b], order[b:]))
+    return sequences.select(order[:a]), sequences.select(order[a:b]), sequences.select(order[b:])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -171,7 +171,8 @@ DOMAINS = {     # movies and games are worded as in BIGRec; no source has words 
 }
 
 
-def build_prompt(history_titles, domain: str = "movies") -> tuple[str, list[tuple[int, int]]]:
+def build_prompt(history_titles: Iterable[str],
+                 domain: str = "movies") -> tuple[str, list[tuple[int, int]]]:
     """The prompt of Table 1, and where each title stands in it: character spans [start, end).
 
     Training, inference and every other use of a prompt call this one function: a prompt that
@@ -180,7 +181,8 @@ def build_prompt(history_titles, domain: str = "movies") -> tuple[str, list[tupl
     """
     before, after = TEMPLATE.split("{history}")
     words = DOMAINS[domain]
-    text, spans = before.format(**words), []
+    text = before.format(**words)
+    spans: list[tuple[int, int]] = []
     for title in history_titles:
         text += ', "' if spans else '"'
         spans.append((len(text), len(text) + len(title)))
@@ -194,10 +196,10 @@ def build_prompt(history_titles, domain: str = "movies") -> tuple[str, list[tupl
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with its answer, if it has one. The three lists are of equal length."""
+    """One prompt, with its answer if it has one, as three lists of equal length."""
 
     tokens: list[int]       # BOS (where the tokenizer adds one), prompt, answer, EOS
-    item_pos: list[int] | list[float]   # k of the item that the token belongs to, or NO_ITEM
+    item_pos: list[float]   # k of the item that the token belongs to, or NO_ITEM
     labels: list[int]       # the token itself where it is part of the answer, else IGNORE
 
 
@@ -205,64 +207,90 @@ class Example:
 class Tokenizer:
     """A tokenizer.json, which also decides whether a text begins with BOS, and its special ids.
 
-    Some checkpoints end an answer with one of several tokens. All of them end a generated answer.
+    Some checkpoints end an answer with one of several tokens. Each of them ends a generated answer.
     """
 
     bpe: tokenizers.Tokenizer
-    eos_ids: tuple[int, ...]        # each of them ends an answer; we train on the first
+    eos_ids: tuple[int, ...]        # we train on the first
     bos_id: int | None = None
-    pad_id: int = 0                 # fills the ends of rows, where no token looks at it
+    pad_id: int = 0                 # fills the beginnings of rows, where no token looks at it
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.bpe.encode_special_tokens = True       # a title that says "</s>" ends no answer
 
     def decode(self, tokens: list[int]) -> str:
         """Token ids -> text without special tokens."""
         return self.bpe.decode(tokens, skip_special_tokens=True)
 
-    def examples(self, histories, targets, domain: str = "movies", ages=None) -> list[Example]:
-        """Turn histories (titles, oldest first) and targets (a title or None each) into tokens.
+    def examples(self, histories: Sequence[Sequence[str]], targets: Sequence[str | None],
+                 domain: str = "movies",
+                 ages: Sequence[np.ndarray | None] | None = None) -> list[Example]:
+        """Tokenise histories (titles, oldest first) with their targets (a title or None each).
 
-        The answer y of Eq. 1 is the quoted title and EOS; only its tokens have labels.
-
-        Every token of an item gets the item's k (Eq. 6). k is the number of steps back from the
-        newest item, which has k = 0 (D1: §4.2.1 counts so, §4.3 seems to count from the oldest), or
-        what `ages` says. Which tokens an item has is decided by the tokenizer's character offsets:
-        a token that overlaps the title belongs to the item, also where it reaches over a quote, as
-        `)",` does. The title's token ids cannot decide that: they differ from place to place.
-
-            text       ...  before:"  Heat  ", "  Toy   Story  "\\n  ...
-            item_pos       -1  -1     1    -1    0     0     -1          k of the newest item is 0
+        The answer y of Eq. 1 is the quoted title and EOS. Only its tokens have labels. Every token
+        of an item gets the item's k (Eq. 6), which is the number of steps back from the newest item
+        (D1), or else what `ages` says.
         """
-        texts, spans, starts = [], [], []
-        for history, target in zip(histories, targets, strict=True):
-            prompt, places = build_prompt(history, domain)
-            starts.append(len(prompt))
-            spans.append(np.array(places).reshape(-1, 2))
-            texts.append(prompt if target is None else f'{prompt}"{target}"')
+        prompts = [build_prompt(history, domain) for history in histories]
+        texts = [text if target is None else f'{text}"{target}"'
+                 for (text, _), target in zip(prompts, targets, strict=True)]
         examples = []
-        for encoding, span, start, target, age in zip(
-                self.bpe.encode_batch(texts), spans, starts, targets,
-                ages if ages is not None else itertools.repeat(None)):
-            begin, end = np.array(encoding.offsets).T
-            item = np.searchsorted(span[:, 1], begin, side="right")     # the first to end later
-            inside = item < len(span)
-            inside[inside] = end[inside] > span[item[inside], 0]
-            tokens = encoding.ids
-            k = np.arange(len(span), -1, -1) - 1 if age is None else np.append(age, NO_ITEM)
-            item_pos = np.where(inside, k[item], NO_ITEM).tolist()
-            labels = np.where(end > start, tokens, IGNORE).tolist()
+        for encoding, (prompt, spans), target, age in zip(
+                self.bpe.encode_batch(texts), prompts, targets, ages or [None] * len(texts)):
+            ks = range(len(spans) - 1, -1, -1) if age is None else age.tolist()
+            item_pos = item_positions(encoding.offsets, spans, ks)
+            tokens, answer = encoding.ids, []
             if target is not None:
-                eos = self.eos_ids[0]
-                tokens, item_pos, labels = tokens + [eos], item_pos + [NO_ITEM], labels + [eos]
-            examples.append(Example(tokens, item_pos, labels))
+                first = sum(end <= len(prompt) for _, end in encoding.offsets)
+                answer = tokens[first:] + [self.eos_ids[0]]
+                tokens, item_pos = tokens + [self.eos_ids[0]], item_pos + [NO_ITEM]
+            examples.append(Example(tokens, item_pos,
+                                    [IGNORE] * (len(tokens) - len(answer)) + answer))
         return examples
 
 
-def encode_example(tokenizer: Tokenizer, history_titles, target_title: str | None,
-                   domain: str = "movies", ages=None) -> Example:
+def item_positions(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]],
+                   ks: Iterable[float]) -> list[float]:
+    """k of the item that each token belongs to, or NO_ITEM (Eq. 6).
+
+    offsets and spans: the characters [start, end) of each token and of each title. A token that
+    overlaps a title belongs to it, even where it reaches over a quote, as `)",` does. The token ids
+    of a title cannot tell where it stands, because they depend on what is around it.
+
+        text       ...  before:"  Heat  ", "  Toy   Story  "\n  ...
+        item_pos       -1  -1     1    -1    0     0     -1          k of the newest item is 0
+    """
+    item_pos: list[float] = [NO_ITEM] * len(offsets)
+    t = 0
+    for (start, end), k in zip(spans, ks):
+        while t < len(offsets) and offsets[t][1] <= start:      # before the title
+            t += 1
+        while t < len(offsets) and offsets[t][0] < end:
+            item_pos[t] = k
+            t += 1
+    return item_pos
+
+
+def encode_example(tokenizer: Tokenizer, history_titles: Sequence[str], target_title: str | None,
+                   domain: str = "movies", ages: np.ndarray | None = None) -> Example:
     """One prompt and its answer as tokens, item positions and labels; see Tokenizer.examples."""
     return tokenizer.examples([history_titles], [target_title], domain, [ages])[0]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All items as a language model meets them: by title, tokenised, named in a prompt."""
+
+    titles: Sequence[str]           # (N,)
+    domain: str
+    tokenizer: Tokenizer
+
+    def prompts(self, histories: Sequence[Sequence[int]],
+                ages: Sequence[np.ndarray] | None = None) -> list[Example]:
+        """Histories of item ids, oldest first, without answers."""
+        return self.tokenizer.examples([[self.titles[item] for item in history]
+                                        for history in histories], [None] * len(histories),
+                                       self.domain, ages)
 
 
 def show_prompt(tokenizer: Tokenizer, example: Example) -> str:
@@ -276,11 +304,15 @@ def show_prompt(tokenizer: Tokenizer, example: Example) -> str:
     return text
 
 
-def show_sequence(tokenizer: Tokenizer, sequences: Sequences, i: int) -> str:
-    """Sequence i with its answer, as show_prompt shows it."""
-    return show_prompt(tokenizer, encode_example(
-        tokenizer, sequences.words(sequences.history(i)), sequences.titles[sequences.target(i)],
-        sequences.domain, sequences.ages(i)))
+def encode_sequences(tokenizer: Tokenizer, sequences: Sequences,
+                     shuffle: np.random.Generator | None = None) -> list[Example]:
+    """Sequences with their answers. With a generator, each history is put into random order."""
+    histories = [sequences.history(i) for i in range(len(sequences))]
+    if shuffle is not None:
+        histories = [shuffle.permutation(history) for history in histories]
+    return tokenizer.examples([sequences.titles_of(history) for history in histories],
+                              sequences.titles_of(sequences.items[sequences.targets]),
+                              sequences.domain, [sequences.ages(i) for i in range(len(sequences))])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -289,99 +321,92 @@ def show_sequence(tokenizer: Tokenizer, sequences: Sequences, i: int) -> str:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows. Attention is causal, so no real token ever looks at a pad.
+    """Rows that end together: padding stands in front, and no token looks at it.
 
-    Only the answers are supervised, so hidden states are wanted at a few places of each row only.
-    `places` names them, as many for each row as the longest answer needs; rows with shorter answers
-    repeat some other place, and `supervised` skips those fillers. With "." for IGNORE:
+    So the answers are the last columns of all rows. As the hidden state at a token predicts the
+    next one, `tokens` are all tokens but the last, and the last A columns predict `answers`, the
+    tokens of each answer. What all prompts begin with is kept once, as the prefix. With "." for a
+    pad and for IGNORE:
 
-        labels (B, T)           places (B, A)     supervised (M,)      targets (M,)
-        .  .  a  b  c           2  3  4           0  1  2              a  b  c
-        .  d  e  .  .           1  2  0           3  4                 d  e
-
-    supervised counts through places row by row, and the filler 0 is number 5. All of it is derived
-    here, before a batch goes to a GPU, which would have to be waited for.
+        prefix (P,)      tokens (B, T)                               answers (B, A)
+        BOS Below is…     .   .    "  Heat " … :\n  "   Toy  "        .   "    Toy   "     <eos>
+                          "  Alien "  , … :\n  "  The  Ma  trix "     "   The  Ma   trix "  <eos>
     """
 
+    prefix: Tensor          # (P,), no item among it
     tokens: Tensor          # (B, T)
-    item_pos: Tensor        # (B, T) integer (float32 by the clock); NO_ITEM outside items, on pads
-    labels: Tensor          # (B, T) the token that comes next, or IGNORE
-    prefix: int             # number of leading columns alike in all rows, before any item
-    places: Tensor = field(init=False)      # (B, A)
-    supervised: Tensor = field(init=False)  # (M,)
-    targets: Tensor = field(init=False)     # (M,)
-
-    def __post_init__(self):
-        real = self.labels != IGNORE
-        counts = real.sum(dim=1, keepdim=True)
-        filled = torch.arange(max(1, int(counts.max())), device=counts.device) < counts
-        places = (~real).int().argsort(dim=1, stable=True)[:, :filled.shape[1]]
-        derived = {"places": places.clamp(min=self.prefix), "targets": self.labels[real],
-                   "supervised": filled.flatten().nonzero()[:, 0]}
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
+    item_pos: Tensor        # (B, T) integer (float32 by the clock), NO_ITEM outside items
+    padding: Tensor         # (B,) how many pads each row begins with
+    answers: Tensor         # (B, A), IGNORE in front of shorter answers
 
     def split(self, rows: int) -> list["Batch"]:
-        """Batches of at most so many rows, in order, each as wide as its own longest row."""
+        """Parts of at most so many rows, in order, each as wide as its own longest row."""
         parts = []
         for start in range(0, len(self.tokens), rows):
             part = slice(start, start + rows)
-            width = int((self.labels[part] != IGNORE).any(dim=0).nonzero().max()) + 1
-            parts.append(Batch(self.tokens[part, :width], self.item_pos[part, :width],
-                               self.labels[part, :width], min(self.prefix, width - 1)))
+            unused = int(self.padding[part].min())
+            shorter = int((self.answers[part] == IGNORE).sum(dim=1).min())
+            parts.append(Batch(self.prefix, self.tokens[part, unused:],
+                               self.item_pos[part, unused:], self.padding[part] - unused,
+                               self.answers[part, shorter:]))
         return parts
 
-    def to(self, device) -> "Batch":
-        """The same batch on another device. A GPU copies it while it works on something else."""
-        moved = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                if torch.device(device).type == "cuda" and value.device.type == "cpu":
-                    value = value.pin_memory()
-                object.__setattr__(moved, name, value.to(device, non_blocking=True))
-        return moved
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return Batch(*(x.to(device, non_blocking=True) for x in (
+            self.prefix, self.tokens, self.item_pos, self.padding, self.answers)))
 
 
-def collate(examples: list[Example], pad_id: int = 0) -> Batch:
-    """Pad to the longest example, shift the labels by one, find the common prefix.
+def common_prefix(examples: Sequence[Example]) -> int:
+    """How many tokens all rows begin with, before any item or answer, less one.
 
-    The hidden state at position t predicts token t + 1, so the label at t is what comes next. The
-    prefix, which all prompts of a domain begin with, is run only once for a batch.
+    What the last common token predicts may be the first token of a title or of an answer, so that
+    token is left to the rows.
     """
-    shape = len(examples), max(len(e.tokens) for e in examples)
-    tokens, item_pos, labels = (np.full(shape, fill) for fill in (pad_id, NO_ITEM, IGNORE))
-    if any(isinstance(e.item_pos[0], float) for e in examples):
-        item_pos = item_pos.astype(np.float32)          # ages are real numbers
-    for row, e in enumerate(examples):
-        n = len(e.tokens)
-        tokens[row, :n], item_pos[row, :n], labels[row, :n - 1] = e.tokens, e.item_pos, e.labels[1:]
-    same = ((tokens == tokens[0]) & (item_pos == NO_ITEM) & (labels == IGNORE)).all(axis=0)
-    prefix = min(int(same.cumprod().sum()), min(len(e.tokens) for e in examples) - 1)
-    return Batch(*(torch.from_numpy(x) for x in (tokens, item_pos, labels)), prefix)
+    rows = [zip(e.tokens, e.item_pos, e.labels) for e in examples]
+    common = 0
+    for column in zip(*rows):
+        if len(set(column)) > 1 or column[0][1:] != (NO_ITEM, IGNORE):
+            break
+        common += 1
+    return max(0, common - 1)
 
 
-def batches(tokenizer: Tokenizer, sequences: Sequences, batch_size: int, rng: np.random.Generator,
+def align_right(rows: Sequence[Sequence[float]], fill: int) -> Tensor:
+    """Lists of unequal length as one tensor, whose rows end together.  -> (B, longest)"""
+    width = max(map(len, rows))
+    return torch.tensor([[fill] * (width - len(row)) + list(row) for row in rows])
+
+
+def collate(examples: Sequence[Example], pad_id: int = 0) -> Batch:
+    """Examples with answers as one batch."""
+    P = common_prefix(examples)
+    lengths = torch.tensor([len(e.tokens) for e in examples])
+    return Batch(prefix=torch.tensor(examples[0].tokens[:P], dtype=torch.long),
+                 tokens=align_right([e.tokens[P:-1] for e in examples], pad_id),
+                 item_pos=align_right([e.item_pos[P:-1] for e in examples], NO_ITEM),
+                 padding=lengths.max() - lengths,
+                 answers=align_right([[label for label in e.labels if label != IGNORE]
+                                      for e in examples], IGNORE))
+
+
+def batches(tokenizer: Tokenizer, sequences: Sequences, batch_size: int, seed: Sequence[int],
             shuffle_histories: bool = False) -> Iterator[Batch]:
-    """One epoch of batches in random order, tokenised as they are needed.
+    """One epoch of batches in random order, which depends on the seed only.
 
-    shuffle_histories puts the items of each history into random order; the embedded base is trained
-    so (support/tiny.py).
+    shuffle_histories puts the items of each history into random order, too; the embedded base
+    model is trained so (support/tiny.py).
 
-    32 batches are drawn together and sorted by length, so that the rows of a batch are alike and
-    little is padding; then the order of these batches is random again. A thread prepares the next
-    32 meanwhile.
+    32 batches are drawn together and sorted by length, to reduce padding; then their order is made
+    random again. A thread prepares the next 32 meanwhile.
     """
+    rng = np.random.default_rng(seed)
     order = rng.permutation(len(sequences))
 
     def prepare(start: int) -> list[Batch]:
-        """The 32 batches whose sequences stand in the order from start on."""
-        drawn = order[start:start + 32 * batch_size]
-        histories = [sequences.history(i) for i in drawn]
-        if shuffle_histories:
-            histories = [rng.permutation(history) for history in histories]
-        answers = sequences.words(sequences.items[sequences.targets[drawn]])
-        examples = tokenizer.examples([sequences.words(history) for history in histories], answers,
-                                      sequences.domain, [sequences.ages(i) for i in drawn])
+        """The 32 batches whose sequences stand in the order from `start` on."""
+        drawn = sequences.select(order[start:start + 32 * batch_size])
+        examples = encode_sequences(tokenizer, drawn, rng if shuffle_histories else None)
         examples.sort(key=lambda example: len(example.tokens))
         groups = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
         return [collate(groups[g], tokenizer.pad_id) for g in rng.permutation(len(groups))]
@@ -392,18 +417,3 @@ def batches(tokenizer: Tokenizer, sequences: Sequences, batch_size: int, rng: np
             ready = waiting.result()
             waiting = thread.submit(prepare, start + 32 * batch_size)
             yield from ready
-
-
-def check_context(tokenizer: Tokenizer, sequences: Sequences, context: int) -> None:
-    """Raise ValueError if the longest sequence does not fit a context of so many tokens."""
-    width = np.array([len(e.ids) for e in tokenizer.bpe.encode_batch(sequences.titles)])
-    total = np.concatenate(([0], width[sequences.items].cumsum()))
-    i = int(np.argmax(total[sequences.targets + 1] - total[sequences.starts]))
-    history = sequences.words(sequences.history(i))
-    answer = sequences.titles[sequences.target(i)]
-    tokens = len(encode_example(tokenizer, history, answer, sequences.domain).tokens)
-    if tokens > context:
-        raise ValueError(f"a history of {len(history)} items, {history[0][:60]!r} to "
-                         f"{history[-1][:60]!r}, makes {tokens} tokens with its answer, more than "
-                         f"the base's context of {context}. Use a base with a longer context, or "
-                         "shorten the titles")

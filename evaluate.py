@@ -1,195 +1,141 @@
-"""Ten titles for each history, and what they are worth (§5): beams, grounding, HR, NDCG, reversal.
+"""Recommend ten titles for each history, and measure them (§5): beams, grounding, HR, NDCG.
 
-This file knows a model only as something that maps (tokens, item_pos, cache) to hidden states and
-hidden states to logits, and that carries its tokenizer as model.tokenizer. Read it after cetrec.py.
+This file knows a model only as something that maps (tokens, item_pos, positions, mask, past, last)
+to hidden states with keys and values, and hidden states to logits. Read it after cetrec.py.
 Beams that stay on the catalogue's titles, which the paper does not have, are in support/trie.py.
 
-Shapes: B prompts, W beams, T tokens, C width, V vocabulary, N items of the catalogue, n histories.
+Shapes: B prompts, W beams, P tokens of the common prefix, T tokens behind it, S = P + T, C width,
+V vocabulary, N items of the catalogue, n histories.
 """
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import NO_ITEM, Sequences
-from llama import KVCache
+from data import IGNORE, NO_ITEM, Catalogue, Example, Sequences, Tokenizer, align_right, collate
+from llama import KeysValues, causal_mask, token_positions
 from lora import without_factors
 
 CUTOFFS = (5, 10)           # K of HR@K and NDCG@K, §5.1.2
 LENGTH = max(CUTOFFS)       # of a list of recommendations
-Prompt = tuple[list[int], list[int] | list[float]]      # tokens and item_pos, of equal length
-Scores = dict[str, tuple[float, float]]                 # metric -> (mean, standard error)
+Prompt = tuple[list[int], list[float]]      # tokens and item_pos, of equal length
+Scores = dict[str, tuple[float, float]]     # metric -> (mean, standard error)
+Model = Any                 # a TemporalLlama, or a module with its forward and its logits
 
 # ----------------------------------------------------------------------------------------------
 # Five beams (§5.1.4)
 
 
-def device_of(model) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     """Where the parameters of a model are."""
-    parameter = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
-    return torch.device("cpu") if parameter is None else parameter.device
+    return next(model.parameters()).device
 
 
-def pad(rows: Sequence[Sequence[int]], fill: int, device="cpu") -> Tensor:
-    """Lists of unequal length as one right-padded (B, T) tensor."""
-    T = max(map(len, rows))
-    return torch.tensor([list(r) + [fill] * (T - len(r)) for r in rows], device=device)
-
-
-def prefill(model, prompts: Sequence[Prompt]) -> tuple[KVCache, Tensor]:
+def read_prompts(model: Model, prompts: Sequence[Prompt]
+                 ) -> tuple[Tensor, list[KeysValues], Tensor]:
     """Run each prompt once, and what all of them begin with once for all.
 
-    Returns the cache, and the logits of the token after each prompt, (B, V).
+    Returns the logits of the token after each prompt (B, V); the keys and values of S columns; and
+    which of the columns hold a token of the prompt (B, S), because the others hold padding.
     """
-    device, cache, shared = device_of(model), KVCache(), 0
-    if len(prompts) > 1:
-        shared = len(os.path.commonprefix([list(zip(*prompt)) for prompt in prompts]))
-        shared = min(shared, min(len(tokens) for tokens, _ in prompts) - 1)
-    if shared:
-        tokens, item_pos = (torch.tensor([part[:shared]], device=device) for part in prompts[0])
-        model(tokens, item_pos, cache=cache)
-    tokens, item_pos = (pad([prompt[i][shared:] for prompt in prompts], fill, device)
-                        for i, fill in ((0, 0), (1, NO_ITEM)))
-    lengths = torch.tensor([[len(tokens)] for tokens, _ in prompts], device=device)
-    hidden = model(tokens, item_pos, cache=cache, wanted=lengths - shared - 1)
-    if bool((lengths != cache.length).any()):
-        cache.hidden = torch.arange(cache.length, device=device) >= lengths
-    return cache, model.logits(hidden[:, 0])
-
-
-def take(x: Tensor, order: Tensor) -> Tensor:
-    """Rows of each batch element in the given order.  (B, W, m), (B, k) -> (B, k, m)"""
-    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
-
-
-class Beams:
-    """The W answers of each prompt that go on, best first, as branches of a tree.
-
-    Step g adds W nodes to the tree, one for each beam; ancestors says which nodes of all steps are
-    on the way to a beam's newest one, itself included. KVCache draws it.
-    """
-
-    def __init__(self, B: int, W: int, device):
-        self.sums = torch.tensor([0.0] + [-math.inf] * (W - 1), device=device).repeat(B, 1)
-        self.parent = torch.arange(W, device=device).repeat(B, 1)               # (B, W)
-        self.tokens = torch.zeros(B, W, 0, dtype=torch.long, device=device)     # (B, W, g)
-        self.ancestors = torch.zeros(B, W, 0, dtype=torch.bool, device=device)  # (B, W, g W)
-
-    def advance(self, log_p: Tensor, eos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Go on by one token, log_p (B, W, V). Returns the best continuations of all beams, ended
-        or not: their sums (B, m), tokens (B, m, g) and whether they end (B, m).
-
-        m is so large that W of them do not end; the best W of these are the beams now.
-        """
-        B, W, V = log_p.shape
-        several = max(2, 1 + len(eos)) * W
-        best, words = log_p.topk(min(several, V))               # of each beam, (B, W, k)
-        total, at = (self.sums[..., None] + best).flatten(1).topk(min(several, W * V))
-        parent, token = at // best.shape[-1], words.flatten(1).gather(1, at)
-        tokens = torch.cat((take(self.tokens, parent), token[..., None]), dim=-1)
-        ends = torch.isin(token, eos)
-        on = ends.int().argsort(dim=1, stable=True)[:, :W]
-        self.sums = total.masked_fill(ends, -math.inf).gather(1, on)
-        self.parent, self.tokens = parent.gather(1, on), take(tokens, on)
-        itself = torch.eye(W, dtype=torch.bool, device=total.device).expand(B, W, W)
-        self.ancestors = torch.cat((take(self.ancestors, self.parent), itself), dim=-1)
-        return total, tokens, ends
-
-    def select(self, rows: Tensor) -> None:
-        """Keep the given prompts."""
-        for name, value in vars(self).items():
-            setattr(self, name, value[rows])
-
-
-class Ended:
-    """The W best answers that each prompt has so far, best first.
-
-    Their scores are (B, W), -inf where there are fewer; their tokens (B, W, g), padded with -1.
-    """
-
-    def __init__(self, B: int, W: int, device):
-        self.scores = torch.full((B, W), -math.inf, device=device)
-        self.tokens = torch.zeros(B, W, 0, dtype=torch.long, device=device)
-
-    def add(self, scores: Tensor, tokens: Tensor) -> None:
-        """Offer W more to each prompt. Among equals the earlier one stays in front."""
-        both = torch.cat((self.scores, scores), dim=1)
-        order = both.sort(dim=1, descending=True, stable=True).indices[:, :scores.shape[1]]
-        longer = F.pad(self.tokens, (0, tokens.shape[-1] - self.tokens.shape[-1]), value=-1)
-        self.scores = both.gather(1, order)
-        self.tokens = take(torch.cat((longer, tokens), dim=1), order)
-
-    def answers(self, row: int) -> list[list[int]]:
-        """Token lists of one prompt."""
-        return [[t for t in tokens if t >= 0] for tokens, score in zip(
-            self.tokens[row].tolist(), self.scores[row].tolist()) if score > -math.inf]
+    answer = 0          # a placeholder: the prompt's last column predicts it
+    batch = collate([Example([*tokens, answer], [*item_pos, NO_ITEM],
+                             [IGNORE] * len(tokens) + [answer]) for tokens, item_pos in prompts])
+    batch = batch.to(device_of(model))
+    P, T = len(batch.prefix), batch.tokens.shape[1]
+    _, past = model(batch.prefix[None], torch.full_like(batch.prefix[None], NO_ITEM))
+    mask = causal_mask(batch.padding, T, P)
+    hidden, past = model(batch.tokens, batch.item_pos, token_positions(batch.padding, T, P), mask,
+                         past, last=1)
+    return model.logits(hidden[:, 0]), past, mask[:, 0, -1]     # the last token sees its prompt
 
 
 @torch.inference_mode()
-def beam_search(model, prompts: Sequence[Prompt], beams: int = 5, max_new_tokens: int = 128,
+def beam_search(model: Model, prompts: Sequence[Prompt], beams: int = 5, max_new_tokens: int = 128,
                 min_new_tokens: int = 4, length_penalty: float = 1.0, eos_ids: Sequence[int] = (),
-                walk=None) -> tuple[list[list[list[int]]], Tensor]:
-    """Beam search without sampling, as transformers 4.43 does it (§5.1.4, D10).
+                prefix_allowed_tokens_fn: Callable[[int, list[int]], Sequence[int]] | None = None,
+                ) -> tuple[list[list[list[int]]], Tensor]:
+    """Beam search without sampling, with the scores and the stopping of transformers (D10).
 
-    Returns for each prompt `beams` token lists, best first, with their EOS, and the scores (B, W):
-    summed log-probability / g^length_penalty, where g counts the generated tokens with EOS. EOS is
-    barred while an answer has fewer than min_new_tokens; what is left is not renormalised.
-    A `walk` (support/trie.py) keeps beams on the catalogue's titles.
+    Returns for each prompt at most W = beams answers as token lists, best first, and their scores
+    (B, W): the summed log-probability over g^length_penalty, where g counts the answer's tokens,
+    EOS included. EOS is barred while an answer has fewer than min_new_tokens tokens.
+    prefix_allowed_tokens_fn(b, answer) lists the tokens that may follow the beginning of an answer
+    to prompt b.
 
-    Each prompt is run once. Its beams share its keys and values, because they are branches of one
-    tree behind it; a beam that changes its parent copies nothing, it only has other ancestors.
-    Prompts that are done leave the batch.
+    The beams of a prompt are W queries of one row behind its keys and values. A new token looks at
+    its prompt and its own ancestors, so keys and values are never copied from beam to beam.
     """
-    if beams < 1 or max_new_tokens < 1 or not prompts:
-        raise ValueError(f"{len(prompts)} prompts, {beams} beams, {max_new_tokens} new tokens: "
-                         "wanted at least one of each")
-    cache, logits = prefill(model, prompts)
-    B, W, device = len(prompts), beams, logits.device
-    eos = torch.tensor(sorted(set(eos_ids)), dtype=torch.long, device=device)
-    log_p = logits.log_softmax(dim=-1)[:, None].expand(B, W, -1)
-    alive, ended = Beams(B, W, device), Ended(B, W, device)
-    here = list(range(B))                               # which prompt each row is for
-    sequences, scores = [[] for _ in prompts], torch.full((B, W), -math.inf)
+    logits, past, seen = read_prompts(model, prompts)
+    (B, V), W, device = logits.shape, beams, logits.device
+    log_p = logits.log_softmax(dim=-1)[:, None].expand(B, W, V)
+    looks_at = seen[:, None].expand(B, W, -1)                                   # (B, W, S)
+    sums = torch.tensor([[0.0] + [-math.inf] * (W - 1)] * B, device=device)     # one beam at first
+    answers: list[list[list[int]]] = [[[]] * W for _ in range(B)]
+    ended: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]         # score, answer
+    done = [False] * B
     for g in range(1, max_new_tokens + 1):
         if g <= min_new_tokens:
-            log_p = log_p.index_fill(-1, eos, -math.inf)
-        if walk:
-            log_p = walk.restrict(log_p, here)
-        total, tokens, ends = alive.advance(log_p, eos)
-        score = total / g ** length_penalty
-        ended.add(score.masked_fill(~ends, -math.inf)[:, :W], tokens[:, :W])
-
-        # A prompt is done when nothing that goes on beats its worst kept answer as things stand.
-        best = score[:, 0]
-        done = (best == -math.inf) | (ended.scores[:, -1] >= best)
-        if g == max_new_tokens and walk is None:        # out of tokens: beams count as they are
-            ended.add((alive.sums / g ** length_penalty).masked_fill(done[:, None], -math.inf),
-                      alive.tokens)
-        done |= g == max_new_tokens
-        for row in done.nonzero()[:, 0].tolist():
-            scores[here[row]], sequences[here[row]] = ended.scores[row].cpu(), ended.answers(row)
-        if done.all():
+            log_p = log_p.index_fill(-1, torch.tensor(eos_ids, device=device).long(), -math.inf)
+        if prefix_allowed_tokens_fn is not None:
+            log_p = keep_allowed(log_p, [[
+                prefix_allowed_tokens_fn(b, answer) if total > -math.inf and not done[b] else ()
+                for total, answer in zip(row, answers[b])] for b, row in enumerate(sums.tolist())])
+        best = (sums[..., None] + log_p).flatten(1).topk(max(2, 1 + len(eos_ids)) * W)
+        alive = []                                      # (sum, parent, token) of each beam
+        for b, row in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+            candidates = [(total, *divmod(place, V)) for total, place in zip(*row)]
+            alive.append([c for c in candidates if c[2] not in eos_ids][:W])
+            new = [(c[0] / g ** length_penalty, answers[b][c[1]] + [c[2]]) for c in candidates[:W]
+                   if c[2] in eos_ids and not done[b]]
+            answers[b] = [answers[b][parent] + [token] for _, parent, token in alive[b]]
+            ended[b] = best_answers(ended[b] + new, W)
+            # Done when W answers have ended, and no beam as it stands beats the worst of them.
+            done[b] |= candidates[0][0] == -math.inf or (
+                len(ended[b]) == W and ended[b][-1][0] >= candidates[0][0] / g ** length_penalty)
+            if g == max_new_tokens and not done[b]:     # out of tokens: beams count as they are
+                ended[b] = best_answers(ended[b] + [(c[0] / g ** length_penalty, answer) for
+                                                    c, answer in zip(alive[b], answers[b])], W)
+        if all(done) or g == max_new_tokens:
             break
-        if walk:
-            walk.step(here, alive.parent, alive.tokens[..., -1])
-        if done.any():
-            rows = (~done).nonzero()[:, 0]
-            here = [here[row] for row in rows.tolist()]
-            ended.scores, ended.tokens = ended.scores[rows], ended.tokens[rows]
-            alive.select(rows)
-            cache.select(rows)
-        cache.tree, token = alive.ancestors, alive.tokens[..., -1]
-        hidden = model(token, torch.full_like(token, NO_ITEM), cache=cache)         # (B, W, C)
-        log_p = model.logits(hidden).log_softmax(dim=-1)
-    return sequences, scores
+
+        sums, parents, tokens = torch.tensor(alive, dtype=torch.float64).to(device).unbind(dim=-1)
+        parents = parents.long()[..., None].expand(-1, -1, looks_at.shape[-1])
+        itself = torch.eye(W, dtype=torch.bool, device=device).expand(B, W, W)
+        looks_at = torch.cat((looks_at.gather(1, parents), itself), dim=-1)     # (B, W, S + g W)
+        no_item = torch.full((B, W), NO_ITEM, device=device)
+        hidden, past = model(tokens.long(), no_item, looks_at.sum(dim=-1) - 1, looks_at[:, None],
+                             past)
+        log_p, sums = model.logits(hidden).log_softmax(dim=-1), sums.float()
+    scores = [[score for score, _ in row] + [-math.inf] * (W - len(row)) for row in ended]
+    return [[answer for _, answer in row] for row in ended], torch.tensor(scores)
+
+
+def best_answers(answers: list[tuple[float, list[int]]], beams: int) -> list:
+    """The best finished answers, best first; of equal ones the earlier stays in front."""
+    possible = [answer for answer in answers if answer[0] > -math.inf]
+    return sorted(possible, key=lambda answer: -answer[0])[:beams]
+
+
+def keep_allowed(log_p: Tensor, allowed: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """-inf for all tokens but those allowed, which are listed for each beam of each prompt.
+
+    What is left is not renormalised: a score stays the model's own log p.  (B, W, V) -> same
+    """
+    places = [(b, w, token) for b, row in enumerate(allowed) for w, tokens in enumerate(row)
+              for token in tokens]
+    index = tuple(torch.tensor(places, device=log_p.device).long().view(-1, 3).T)
+    out = torch.full_like(log_p, -math.inf)
+    out[index] = log_p[index]
+    return out
 
 
 # ----------------------------------------------------------------------------------------------
@@ -202,20 +148,23 @@ def clean(text: str) -> str:
 
 
 @torch.inference_mode()
-def embed_titles(model, titles: Sequence[str], rows: int = 256) -> Tensor:
+def embed_titles(model: Model, titles: Sequence[str], tokenizer: Tokenizer,
+                 rows: int = 256) -> Tensor:
     """Hidden state of each title's last token after the final norm, float32.  -> (len(titles), C)
 
     The input is BOS (where the tokenizer adds one) and the bare title. No token belongs to an item
-    of a history. An empty text counts as EOS.
+    of a history, so there is no temporal embedding. An empty text counts as EOS.
     """
-    device, tokenizer = device_of(model), model.tokenizer
     encodings = tokenizer.bpe.encode_batch([clean(title) for title in titles])
-    ids = [e.ids or [tokenizer.eos_ids[0]] for e in encodings]
-    table, order = [None] * len(ids), sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    ids = [encoding.ids or [tokenizer.eos_ids[0]] for encoding in encodings]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    table: list[Tensor] = [torch.empty(0)] * len(ids)
     for chunk in (order[i:i + rows] for i in range(0, len(order), rows)):
-        tokens = pad([ids[i] for i in chunk], 0, device)
-        last = torch.tensor([[len(ids[i]) - 1] for i in chunk], device=device)
-        hidden = model(tokens, torch.full_like(tokens, NO_ITEM), wanted=last)
+        tokens = align_right([ids[i] for i in chunk], tokenizer.pad_id).to(device_of(model))
+        padding = torch.tensor([tokens.shape[1] - len(ids[i]) for i in chunk], device=tokens.device)
+        hidden, _ = model(tokens, torch.full_like(tokens, NO_ITEM),
+                          token_positions(padding, tokens.shape[1]),
+                          causal_mask(padding, tokens.shape[1]), last=1)
         for i, vector in zip(chunk, hidden[:, 0].float()):
             table[i] = vector
     return torch.stack(table)
@@ -237,33 +186,33 @@ def nearest(queries: Tensor, table: Tensor, length: int | None = None) -> Tensor
     return torch.cat(parts)
 
 
-def ground(model, texts: Sequence[str], catalogue: Sequence[str], table: Tensor | None = None,
-           length: int | None = None) -> Tensor:
+def ground(model: Model, texts: Sequence[str], catalogue: Catalogue,
+           table: Tensor | None = None, length: int | None = None) -> Tensor:
     """Rank the catalogue by its distance to each text, both embedded by the model as it is.
 
-    -> (len(texts), length or N) item ids, nearest first. table: the catalogue's embeddings, if they
-    are at hand.
+    -> (len(texts), length or N) item ids, nearest first. table: the embeddings of the catalogue's
+    titles, if they have been computed before.
     """
-    table = embed_titles(model, catalogue) if table is None else table
-    return nearest(embed_titles(model, texts), table, length)
+    if table is None:
+        table = embed_titles(model, catalogue.titles, catalogue.tokenizer)
+    return nearest(embed_titles(model, texts, catalogue.tokenizer), table, length)
 
 
-def merge_lists(lists, exclude=(), length: int = LENGTH) -> list[int]:
+def merge_lists(lists: Iterable[Sequence[int]], exclude: Iterable[int] = (),
+                length: int = LENGTH) -> list[int]:
     """The beams' nearest titles in turn, then their second-nearest ones, and so on (D7).
 
-    §5.1.4 has the second-nearest titles complete the Top-10. Of a title that comes again the first
-    place counts; items of the history are left out.
+    §5.1.4 has the second-nearest titles complete the Top-10. Duplicates keep their first rank, and
+    items of the history are left out.
     lists: item ids of each beam, nearest first. [[3,1,2,0], [3,2,1,0], [0,1,2,3]] -> [3, 0, 1, 2]
     """
     merged: list[int] = []
     seen = set(exclude)
     for rank in zip(*lists):
         for item in rank:
-            if item not in seen:
+            if item not in seen and len(merged) < length:
                 seen.add(item)
                 merged.append(item)
-                if len(merged) == length:
-                    return merged
     return merged
 
 
@@ -287,7 +236,7 @@ class Lists:
     """What was recommended, a row for each history."""
 
     items: np.ndarray           # (n, 10) item ids, best first; -1 where there are no more
-    log_p: np.ndarray           # (n, 10) log-probability of each title; nan where it was not asked
+    log_p: np.ndarray           # (n, 10) log-probability of each title; nan where it is not known
     valid: np.ndarray           # (n, W) is the beam's text a title of the catalogue?
 
     @classmethod
@@ -297,23 +246,25 @@ class Lists:
                    np.zeros((n, beams), dtype=bool))
 
 
-def prompts_by_length(model, titles: Sequence[str], domain: str, histories, ages, rows: int,
-                      progress: str) -> Iterator[tuple[list[int], list[Prompt]]]:
-    """Which histories, and their prompts: so many at a time, those of similar length together.
+Recommender = Callable[..., Lists]      # (histories, ages, progress) -> ten items for each history
 
+
+def prompts_by_length(catalogue: Catalogue, histories: Sequence[Sequence[int]],
+                      ages: Sequence[np.ndarray] | None, rows: int, progress: str
+                      ) -> Iterator[tuple[list[int], list[Prompt]]]:
+    """Prompts in groups of similar length, to reduce padding, and the numbers of their histories.
+
+    They are the prompts of the factual world: only this world recommends (§4.4).
     histories: item ids, oldest first. ages: None, or k of each item by the clock (D15).
     """
-    with tqdm(total=len(histories), desc=progress, unit="user", leave=False, disable=None) as bar:
-        for start in range(0, len(histories), 10_000):      # which bounds the memory
-            part = histories[start:start + 10_000]
-            examples = model.tokenizer.examples(
-                [[titles[i] for i in history] for history in part], [None] * len(part), domain,
-                ages and ages[start:start + 10_000])
-            order = sorted(range(len(part)), key=lambda i: len(examples[i].tokens))
-            for chunk in (order[i:i + rows] for i in range(0, len(part), rows)):
-                yield ([start + i for i in chunk],
-                       [(examples[i].tokens, examples[i].item_pos) for i in chunk])
-                bar.update(len(chunk))
+    order = sorted(range(len(histories)),
+                   key=lambda i: sum(len(catalogue.titles[item]) for item in histories[i]))
+    with tqdm(total=len(order), desc=progress, unit="user", leave=False, disable=None) as bar:
+        for chunk in (order[i:i + rows] for i in range(0, len(order), rows)):
+            examples = catalogue.prompts([histories[i] for i in chunk],
+                                         [ages[i] for i in chunk] if ages else None)
+            yield chunk, [(e.tokens, e.item_pos) for e in examples]
+            bar.update(len(chunk))
 
 
 class GroundedBeams:
@@ -322,42 +273,40 @@ class GroundedBeams:
     The catalogue is embedded at each call, by the model as it is then.
     """
 
-    def __init__(self, model, titles: Sequence[str], domain: str, decoding: Decoding = Decoding()):
-        self.model, self.titles, self.domain, self.decoding = model, titles, domain, decoding
-        answers = model.tokenizer.bpe.encode_batch([f'"{t}"' for t in titles],
-                                                   add_special_tokens=False)
-        sizes = [len(a.ids) for a in answers]
-        self.shortest = min(4, min(sizes))      # D12: CFT's 4 would bar shorter titles
-        self.longest = min(128, max(sizes) + 8)
-        self.names = {clean(title) for title in titles}
+    def __init__(self, model: Model, catalogue: Catalogue,
+                 decoding: Decoding = Decoding()) -> None:
+        self.model, self.catalogue, self.decoding = model, catalogue, decoding
+        answers = catalogue.tokenizer.bpe.encode_batch([f'"{t}"' for t in catalogue.titles],
+                                                       add_special_tokens=False)
+        lengths = [len(answer.ids) for answer in answers]
+        self.shortest = min(4, min(lengths))    # D12: CFT's 4 would bar shorter titles
+        self.longest = min(128, max(lengths) + 8)
 
-    def weights(self):
-        """The context in which titles are embedded."""
-        return without_factors(self.model) if self.decoding.ground_with == "base" else nullcontext()
-
-    def __call__(self, histories: Sequence[Sequence[int]], ages=None,
+    def __call__(self, histories: Sequence[Sequence[int]],
+                 ages: Sequence[np.ndarray] | None = None,
                  progress: str = "five beams") -> Lists:
         """Item ids, oldest first, of each history -> ten items for each."""
-        how, out = self.decoding, Lists.empty(len(histories), self.decoding.beams)
-        reach = min(len(self.titles), LENGTH + max(map(len, histories), default=0))
-        grounded: dict[str, list[int]] = {}
-        with self.weights():
-            table = embed_titles(self.model, self.titles)
-        for chunk, prompts in prompts_by_length(self.model, self.titles, self.domain, histories,
-                                                ages, 64, progress):
-            answers, _ = beam_search(self.model, prompts, how.beams, self.longest, self.shortest,
-                                     how.length_penalty, self.model.tokenizer.eos_ids)
-            texts = [[clean(self.model.tokenizer.decode(a)) for a in beam] for beam in answers]
-            if new := sorted({t for beam in texts for t in beam} - grounded.keys()):
-                with self.weights():
-                    near = ground(self.model, new, self.titles, table, reach)
-                grounded.update(zip(new, near.tolist()))
-            for i, beam in zip(chunk, texts):
-                used = beam if how.ground_list == "merged" else beam[:1]
-                ten = merge_lists([grounded[t] for t in used],
-                                  histories[i] if how.exclude_history else ())
-                out.items[i, :len(ten)] = ten
-                out.valid[i, :len(beam)] = [t in self.names for t in beam]
+        decoding, catalogue, model = self.decoding, self.catalogue, self.model
+        embedder = without_factors(model) if decoding.ground_with == "base" else nullcontext()
+        beam_texts: list[list[str]] = [[] for _ in histories]
+        for chunk, prompts in prompts_by_length(catalogue, histories, ages, 64, progress):
+            answers, _ = beam_search(model, prompts, decoding.beams, self.longest, self.shortest,
+                                     decoding.length_penalty, catalogue.tokenizer.eos_ids)
+            for i, beams in zip(chunk, answers):
+                beam_texts[i] = [clean(catalogue.tokenizer.decode(answer)) for answer in beams]
+
+        distinct = sorted({text for texts in beam_texts for text in texts})
+        length = min(len(catalogue.titles), LENGTH + max(map(len, histories), default=0))
+        with embedder:
+            near = dict(zip(distinct, ground(model, distinct, catalogue, length=length).tolist()))
+        titles, out = {clean(title) for title in catalogue.titles}, Lists.empty(
+            len(histories), decoding.beams)
+        for i, texts in enumerate(beam_texts):
+            used = texts if decoding.ground_list == "merged" else texts[:1]
+            ten = merge_lists([near[text] for text in used],
+                              histories[i] if decoding.exclude_history else ())
+            out.items[i, :len(ten)] = ten
+            out.valid[i, :len(texts)] = [text in titles for text in texts]
         return out
 
 
@@ -365,12 +314,12 @@ class GroundedBeams:
 # HR@K and NDCG@K (§5.1.2)
 
 
-def hit_ratio(ranks, k: int):
+def hit_ratio(ranks: npt.ArrayLike, k: int) -> np.ndarray:
     """HR@K of single cases (§5.1.2): 1 where the answer's 0-based rank is below k. Any shape."""
     return (np.asarray(ranks) < k).astype(float)
 
 
-def ndcg(ranks, k: int):
+def ndcg(ranks: npt.ArrayLike, k: int) -> np.ndarray:
     """NDCG@K of single cases (§5.1.2): 1 / log2(rank + 2) below k, else 0.
 
     The ideal DCG is 1, because one item counts.
@@ -383,19 +332,20 @@ METRICS: dict[str, Callable] = {f"{name}@{k}": (lambda ranks, f=f, k=k: f(ranks,
                                 for k in CUTOFFS for name, f in (("HR", hit_ratio), ("NDCG", ndcg))}
 
 
-def list_values(items: np.ndarray, targets: np.ndarray, law: np.ndarray | None = None):
-    """What each list is worth by each of METRICS.  (n, 10), (n,) -> (n, 4)
+def list_values(items: np.ndarray, targets: np.ndarray,
+                true_p: np.ndarray | None = None) -> np.ndarray:
+    """Every metric of METRICS for each list.  (n, 10), (n,) -> (n, 4)
 
-    A list is worth the metric at the rank of the answer, or 0 if the answer is not in it. Where the
-    law that draws the answer is known, law (n, N) = p(answer), the expectation over answers is
-    taken instead of the one that was drawn: it has the same mean and a much smaller error.
+    A list's value is the metric at the rank of the answer, or 0 if the answer is not in it. Where
+    the true distribution of the answer is known, true_p (n, N), the value is the expectation over
+    answers instead: it has the same mean and a much smaller error.
     """
-    if law is None:
-        chance = (items == np.asarray(targets)[:, None]).astype(float)
+    if true_p is None:
+        p = (items == np.asarray(targets)[:, None]).astype(float)
     else:
-        chance = np.take_along_axis(law, items.clip(min=0), axis=1) * (items >= 0)
-    places = np.arange(items.shape[1])
-    return np.stack([chance @ metric(places) for metric in METRICS.values()], axis=1)
+        p = np.take_along_axis(true_p, items.clip(min=0), axis=1) * (items >= 0)
+    ranks = np.arange(items.shape[1])
+    return np.stack([p @ metric(ranks) for metric in METRICS.values()], axis=1)
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
@@ -428,13 +378,12 @@ def relative_change(before: np.ndarray, after: np.ndarray) -> Scores:
 # Does order count? (§5.4, Fig. 4)
 
 
-def evaluate_order(recommenders: dict[str, Callable], test_set: Sequences,
-                   law: np.ndarray | None = None) -> tuple[dict[str, Scores], dict]:
+def evaluate_order(recommenders: dict[str, Recommender], test_set: Sequences,
+                   true_p: np.ndarray | None = None) -> tuple[dict[str, Scores], dict]:
     """Recommend for the test histories as they are, reversed and shuffled (§5.4).
 
-    recommenders: name -> (histories, ages, progress) -> Lists. All items of the catalogue are
-    candidates (§5.1.2). law: see list_values. Returns the rows of a table, and arrays: what was
-    recommended and what it was worth, by test sequence.
+    All items of the catalogue are candidates (§5.1.2). true_p: see list_values. Returns the rows of
+    a table, and arrays by test sequence: what was recommended, and its metrics.
     """
     n = len(test_set)
     histories, targets = [test_set.history(i) for i in range(n)], test_set.items[test_set.targets]
@@ -442,14 +391,16 @@ def evaluate_order(recommenders: dict[str, Callable], test_set: Sequences,
     rng = np.random.default_rng(0)
     orders = {"original": histories, "reversed": [h[::-1] for h in histories],
               "shuffled": [rng.permutation(h) for h in histories]}
-    rows, arrays = {}, {"sequence": test_set.targets, "target": targets,
-                        "history": pad(histories, -1).numpy()}
+    longest = max(map(len, histories))
+    rows: dict[str, Scores] = {}
+    arrays = {"sequence": test_set.targets, "target": targets, "history": np.array(
+        [[*history, *[-1] * (longest - len(history))] for history in histories])}
     for name, recommend in recommenders.items():
-        for order, given in orders.items():
-            made = recommend(given, ages, progress=f"{name}, {order}")
-            values = list_values(made.items, targets, law)
-            arrays |= {f"lists/{name}/{order}": made.items, f"values/{name}/{order}": values,
-                       f"valid/{name}/{order}": made.valid}
+        for order, ordered in orders.items():
+            lists = recommend(ordered, ages, progress=f"{name}, {order}")
+            values = list_values(lists.items, targets, true_p)
+            arrays |= {f"lists/{name}/{order}": lists.items, f"values/{name}/{order}": values,
+                       f"valid/{name}/{order}": lists.valid}
             rows[name if order == "original" else f"{name} | {order}"] = summarise(values)
             if order != "original":
                 rows[f"{name} | change, {order}"] = relative_change(
@@ -463,7 +414,7 @@ def format_table(rows: dict[str, Scores]) -> str:
     width = max(map(len, names.values()))
     lines = [" " * width + "".join(f"{metric:>17}" for metric in METRICS)]
     for row, values in rows.items():
-        how = "{:+.1f} ± {:.1f} %" if "change" in row.partition(" | ")[2] else "{:.4f} ± {:.4f}"
-        cells = [how.format(*values[metric]) for metric in METRICS]
+        form = "{:+.1f} ± {:.1f} %" if "change" in row.partition(" | ")[2] else "{:.4f} ± {:.4f}"
+        cells = [form.format(*values[metric]) for metric in METRICS]
         lines.append(f"{names[row]:<{width}}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines)

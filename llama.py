@@ -1,10 +1,12 @@
-"""Llama 3 in plain PyTorch: the frozen backbone Θ of the paper (§3.2, Eq. 4 and 5).
+"""Llama 3 in plain PyTorch, without state: the frozen weights Θ of the paper (§3.2, Eq. 4 and 5).
 
-Read this file first; it imports nothing of ours. Parameters have the names of published
-checkpoints without the leading `model.`, so the modules below are also the table of weight names.
+Read this file first; it imports nothing of ours. A forward pass takes token embeddings, their
+positions, a mask, and the keys and values of earlier tokens. It returns hidden states, and the keys
+and values of all tokens so far. The model itself remembers nothing between two passes. Parameters
+have the names of published checkpoints without the leading `model.`.
 
-Shapes: B batch, T new tokens, S tokens seen so far (cached and new), C width, H query heads,
-G key/value heads, D head width, V vocabulary, A places asked for.
+Shapes: B rows, T new tokens, P earlier tokens, S = P + T tokens in all, C width, H query heads,
+G key/value heads, D head width, V vocabulary.
 
 Left out: attention or MLP biases, sliding windows, mixtures of experts, quantised weights.
 """
@@ -17,18 +19,33 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+KeysValues = tuple[Tensor, Tensor]      # keys and values of one block, (B or 1, G, S, D) each
 
-_WANTED = {int: "a positive integer below 10^8", float: "a positive number",
-           bool: "true or false"}
+# ----------------------------------------------------------------------------------------------
+# Rotary positions (Eq. 4)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair of coordinates by its angle: R x of Eq. 4.
+
+    x (.., D); cos and sin (.., D/2), one angle for each pair.
+
+    A pair (a, b) becomes (a cos φ - b sin φ, b cos φ + a sin φ). Which two coordinates make a pair
+    is a convention. Published safetensors weights pair the two *halves* of a head, (x_i, x_i+D/2),
+    and so does this function. Eq. 4 and Meta's own .pth files pair *neighbours*, (x_2i, x_2i+1), as
+    `cetrec.rotary` does. The two are the same rotation up to the order of the coordinates.
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama under the names of a published config.json. The sizes have no defaults."""
+    """Sizes and constants of a Llama, under the names of a published config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -43,249 +60,100 @@ class LlamaConfig:
     rope_scaling: dict | None = None    # Llama 3.1 and 3.2: {"rope_type": "llama3", "factor": ...}
     tie_word_embeddings: bool = False
 
-    def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            fits = {int: type(value) is int and 0 < value < 10**8, float: _positive(value),
-                    bool: type(value) is bool}.get(field.type, True)
-            _require(fits, f"{field.name} is {value!r}; wanted {_WANTED.get(field.type)}")
-        _require(self.num_hidden_layers <= 1_000,
-                 f"num_hidden_layers is {self.num_hidden_layers}; the deepest Llama has 126")
-        H, G = self.num_attention_heads, self.num_key_value_heads
-        _require(H % G == 0, f"{H} query heads cannot share {G} key/value heads evenly")
-        _require(self.head_dim % 2 == 0,
-                 f"head_dim is {self.head_dim}; rotary embeddings want an even width")
-        kind, s = _rope_kind(self.rope_scaling), self.rope_scaling or {}
-        _require(kind in ("default", "llama3"),
-                 f"rope scaling {kind!r} is not implemented; known: default, llama3")
-        if kind == "llama3":
-            for key in ("factor", "low_freq_factor", "high_freq_factor",
-                        "original_max_position_embeddings"):
-                _require(_positive(s.get(key)), f"rope scaling 'llama3': {key} is {s.get(key)!r}; "
-                         "wanted a positive number")
-            _require(s["low_freq_factor"] < s["high_freq_factor"],
-                     "rope scaling 'llama3': low_freq_factor is not below high_freq_factor")
-
     @classmethod
     def from_folder(cls, folder: str | Path) -> "LlamaConfig":
         """Read config.json, in the layouts of old and new checkpoints.
 
-        Raises FileNotFoundError or ValueError that name the file and what is not implemented.
+        Raises FileNotFoundError, or a ValueError that names what is missing or not implemented.
         """
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found. A checkpoint folder holds config.json, "
                                     "model.safetensors and tokenizer.json; or use --model tiny")
-        try:
-            return cls(**cls._settings(json.loads(path.read_text(encoding="utf-8"))))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from None
-        except KeyError as error:
-            raise ValueError(f"{path}: {error} is missing") from None
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            fault = str(error).removeprefix("LlamaConfig.__init__() ")
-            raise ValueError(f"{path}: {fault}") from None
-
-    @classmethod
-    def _settings(cls, raw) -> dict:
-        """The fields above, from the content of a config.json."""
-        kind = raw.get("model_type") if isinstance(raw, dict) else raw
-        _require(kind == "llama", f"model_type is {kind!r}; this code implements 'llama' only")
-        for key in ("attention_bias", "mlp_bias", "quantization_config"):
-            _require(not raw.get(key), f"{key} is set; this forward does not implement it")
-        _require(raw.get("hidden_act", "silu") == "silu",
-                 f"hidden_act is {raw.get('hidden_act')!r}; wanted 'silu'")
-        for key in ("rope_scaling", "rope_parameters"):
-            _require(isinstance(raw.get(key) or {}, dict),
-                     f"{key} is {raw.get(key)!r}; wanted an object or null")
+        raw = json.loads(path.read_text(encoding="utf-8"))
 
         # Older files keep the rotary settings beside the sizes, newer ones in an object of its own.
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        kind = rope.get("rope_type") or rope.get("type") or "default"
         part = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-        _require(part in (None, 1), f"partial_rotary_factor is {part!r}; only 1 is implemented")
-        raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
-        context = raw.setdefault("max_position_embeddings", 2048)
-        raw["rope_scaling"] = None
-        if _rope_kind(rope) != "default":
-            raw["rope_scaling"] = {"original_max_position_embeddings": context} | {
-                key: value for key, value in rope.items() if key not in ("rope_theta", "type")} | {
-                "rope_type": _rope_kind(rope)}
+        for setting, value, implemented in (
+                ("model_type", raw.get("model_type"), ["llama"]),
+                ("hidden_act", raw.get("hidden_act", "silu"), ["silu"]),
+                ("attention_bias", raw.get("attention_bias"), [None, False]),
+                ("mlp_bias", raw.get("mlp_bias"), [None, False]),
+                ("quantization_config", raw.get("quantization_config"), [None, {}]),
+                ("partial_rotary_factor", part, [None, 1]),
+                ("rope_type", kind, ["default", "llama3"])):
+            if value not in implemented:
+                raise ValueError(f"{path}: {setting} is {value!r}, which is not implemented; "
+                                 f"wanted {' or '.join(map(repr, implemented))}")
 
         # What a file may leave out has the ecosystem's defaults.
-        raw.setdefault("rms_norm_eps", 1e-6)
-        heads = raw.get("num_attention_heads")
-        raw["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
-        raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // heads
-        return {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
+        found = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
+                 "tie_word_embeddings": False, **raw}
+        found["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
+        found["rope_scaling"] = None if kind == "default" else {
+            "original_max_position_embeddings": found["max_position_embeddings"], **rope,
+            "rope_type": kind}
+        try:
+            heads = found["num_attention_heads"]
+            found["num_key_value_heads"] = found.get("num_key_value_heads") or heads
+            found["head_dim"] = found.get("head_dim") or found["hidden_size"] // heads
+            return cls(**{f.name: found[f.name] for f in fields(cls)})
+        except KeyError as error:
+            raise ValueError(f"{path}: {error} is missing") from None
 
 
-def _require(condition: bool, fault: str) -> None:
-    if not condition:
-        raise ValueError(fault)
-
-
-def _positive(value) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e18
-
-
-def _rope_kind(scaling: dict | None) -> str:
-    """The kind of rotary scaling that a config asks for; "default" means none."""
-    return (scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default"
-
-
-# ----------------------------------------------------------------------------------------------
-# Rotary positions (Eq. 4)
-
-
-def inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
+def inverse_frequencies(config: LlamaConfig, device: torch.device | None = None) -> Tensor:
     """Θ of Eq. 4: θ_i = rope_theta^(-2i/D) for the pairs i = 0 .. D/2 - 1.  -> (D/2,)
 
-    Llama 3.1 and 3.2 slow the pairs that turn so seldom that their whole circle does not fit into
-    the original context ("llama3" scaling), keep those that turn often, and blend between.
+    With "llama3" scaling (Llama 3.1 and 3.2), pairs that do not complete a full turn within the
+    original context are slowed down, pairs that complete many turns are kept, and those in between
+    are interpolated.
     """
     even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     inv_freq = 1.0 / config.rope_theta ** (even / config.head_dim)
-    if _rope_kind(config.rope_scaling) == "llama3":
+    if config.rope_scaling:
         s = config.rope_scaling
-        turns = s["original_max_position_embeddings"] / (2 * math.pi / inv_freq)
+        turns = s["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)   # 1: as trained, 0: slowed by `factor`
         inv_freq = keep * inv_freq + (1 - keep) * inv_freq / s["factor"]
     return inv_freq
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of numbers in the last dimension by its angle: R x of Eq. 4.
-
-    x (.., D), cos and sin (.., D/2), one angle for each pair.
-
-    A pair (a, b) at the angle φ becomes (a cos φ - b sin φ, b cos φ + a sin φ). Which two numbers
-    make a pair is a convention. Here a stands in the first half of x and b at the same place of the
-    second half, (x_i, x_{i + D/2}): published safetensors weights are made for these *split
-    halves*. Eq. 4 writes *adjacent pairs* (x_2i, x_2i+1), and so do Meta's own .pth files. The two
-    are the same rotation up to an order of the coordinates, so `cetrec.rotary`, which follows Eq. 4
-    to the letter, sorts the coordinates, calls this function, and sorts them back.
-    """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
 # ----------------------------------------------------------------------------------------------
-# Attention, with a cache
+# Attention (Eq. 5)
 
 
-def causal_mask(new: int, slots: int, device) -> Tensor:
-    """True where one of the last `new` of so many tokens may look.  -> (1, 1, new, slots)"""
-    return torch.ones(1, 1, new, slots, dtype=torch.bool, device=device).tril(slots - new)
+def token_positions(padding: Tensor, T: int, P: int = 0) -> Tensor:
+    """Positions of T tokens that follow P earlier ones; pads in front of a row do not count.
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / √D) v by PyTorch's fused kernel, which keeps no (T, S) scores for backward.
-
-    q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). Each key/value head serves H/G query
-    heads. mask (B or 1, 1, T, S) is True where a query may look; None means causal, with T = S.
+    padding (B,): how many pads each row begins with.  -> (B, T)
     """
-    if q.device.type == "cpu":          # its kernels take twice the time in bfloat16
-        q, k, v = (x.float() for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+    return P + torch.arange(T, device=padding.device) - padding[:, None]
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, so that new tokens need not run the old again.
+def causal_mask(padding: Tensor, T: int, P: int = 0) -> Tensor:
+    """Where each of T tokens may look: at all P earlier tokens, itself and what stands before it.
 
-    layers holds a pair of (B, G, S or more, D) for each block. A cache of one row serves any number
-    of rows, so a prefix that they have in common is run once, and gradients flow back through it.
-
-    New tokens follow one another unless `tree` says otherwise. Then the last slots are the nodes
-    of a tree that grows behind the prompt, and tree[t, s] says whether slot s is new token t itself
-    or one of its ancestors. Two beams after two steps, where both go on from the first:
-
-        prompt slots        nodes                   mask of the new tokens
-        p p p p p           0: "The"   1: "A"       p p p p p | 1 0 1 0     node 2
-              \\             2: "cat"   3: "dog"     p p p p p | 1 0 0 1     node 3
-               (2 and 3 are children of 0)
-
-    Rows with shorter prompts have padding among their slots, which `hidden` marks.
+    No token looks at a pad. A pad looks at itself, because a softmax over nothing is not a number.
+    padding (B,): how many pads each row begins with.  -> (B, 1, T, P + T) bool
     """
-
-    def __init__(self):
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.length = 0                     # S; the tensors may have room for more slots
-        self.hidden: Tensor | None = None   # (B, S of some time ago) bool, slots nobody looks at
-        self.tree: Tensor | None = None     # (B or 1, T, last slots) bool, set before each forward
-        self.read_only = False              # True: a forward looks at what is here and adds nothing
-
-    def make_room(self, new: int, rows: int) -> None:
-        """Without gradients, let slots be written in place: there is a copy every 64 tokens only,
-        instead of one each. With gradients, or if it may only be read, what is here stays as it is:
-        `join` finds no room and copies."""
-        for i, (k, v) in enumerate(self.layers):
-            if torch.is_grad_enabled() or self.read_only:
-                self.layers[i] = k[:, :, :self.length], v[:, :, :self.length]
-            elif len(k) != rows or k.shape[2] < self.length + new:
-                self.layers[i] = tuple(F.pad(x[:, :, :self.length].expand(rows, -1, -1, -1),
-                                             (0, 0, 0, new + 64)) for x in (k, v))
-
-    def select(self, rows: Tensor) -> None:
-        """Keep (and repeat) the given rows, in that order."""
-        self.layers = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.layers]
-        self.hidden = None if self.hidden is None else self.hidden.index_select(0, rows)
-
-    def positions(self, new: int, device) -> Tensor:
-        """Positions of new tokens: counted on from here without hidden slots, in a tree one after
-        the parent's.  -> (T,), or (B, T) when rows differ"""
-        positions = self.length + torch.arange(new, device=device)
-        if self.tree is not None:
-            positions = self.length + new - self.tree.shape[-1] + self.tree.sum(dim=-1) - 1
-        if self.hidden is not None:
-            positions = positions - self.hidden.sum(dim=1, keepdim=True)
-        return positions
-
-    def mask(self, new: int, device) -> Tensor | None:
-        """Where the new tokens may look, (B or 1, 1, T, S) bool; None means causal from slot 0."""
-        if not self.length and self.tree is None:
-            return None
-        mask = causal_mask(new, self.length + new, device)
-        if self.tree is not None:
-            before = mask[..., :self.length + new - self.tree.shape[-1]].fill_(True)
-            before = before.expand(len(self.tree), -1, -1, -1)
-            mask = torch.cat((before, self.tree[:, None]), dim=-1)
-        if self.hidden is not None:
-            seen = F.pad(~self.hidden, (0, new + self.length - self.hidden.shape[1]), value=True)
-            mask = mask & seen[:, None, None, :]
-        return mask
-
-
-def join(old: Tensor, new: Tensor, slots: int) -> Tensor:
-    """Keys or values of all slots, cached and new, in place where there is room.
-
-    (1 or B, G, S - T or more, D), (B, G, T, D) -> (B, G, S, D)
-    """
-    if old.shape[2] < slots:
-        return torch.cat((old.expand(len(new), -1, -1, -1), new), dim=2)
-    old[:, :, slots - new.shape[2]:slots] = new
-    return old[:, :, :slots]
-
-
-def pick(x: Tensor, places: Tensor) -> Tensor:
-    """The given places of the last dimension but one, other ones for each row.
-
-    (B or 1, .., T, F), (B, A) -> (B, .., A, F)
-    """
-    x = x.expand(len(places), *x.shape[1:])
-    places = places.view(len(places), *[1] * (x.dim() - 3), -1, 1)
-    return x.gather(-2, places.expand(*x.shape[:-2], -1, x.shape[-1]))
+    column = torch.arange(T, device=padding.device)
+    row = column[:, None]
+    causal = (column <= row) & (column >= padding[:, None, None]) | (column == row)
+    return F.pad(causal, (P, 0), value=True)[:, None]
 
 
 class Attention(nn.Module):
     """Grouped-query attention under rotation (Eq. 5): H query heads share G key/value heads.
 
-    Queries and keys are turned by their positions m and n, and <R_m q, R_n k> = <q, R_{n-m} k>:
-    scores depend on distances only. Values are not turned.
+    Queries and keys are rotated by their positions m and n. As <R_m q, R_n k> = <q, R_{n-m} k>,
+    scores depend on distances only. Values are not rotated.
     """
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         self.head_dim = D
@@ -294,24 +162,25 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x, cos, sin, mask, past, wanted=None):
-        """x (B, T, C), past keys and values or None -> (B, T or A, C), all keys and values.
+    def heads(self, x: Tensor) -> Tensor:
+        """Split the last dimension into heads.  (B, T, heads · D) -> (B, heads, T, D)"""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        Where only the places wanted (B, A) are asked for, only these need queries.
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: KeysValues | None,
+                last: int) -> tuple[Tensor, KeysValues]:
+        """x (B, T, C) -> (B, T or last, C), and the keys and values of all S tokens.
+
+        Every token needs a key and a value. Queries are needed for the last columns only.
         """
-        k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)      # (B, G, T, D)
-                for proj in (self.k_proj, self.v_proj))
-        k = rotate(k, cos, sin)
-        if wanted is not None:
-            if mask is None:
-                mask = causal_mask(x.shape[1], x.shape[1], x.device)
-            x, cos, sin, mask = (pick(part, wanted) for part in (x, cos, sin, mask))
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, H, T or A, D)
-        q = rotate(q, cos, sin)
-        if past is not None:
-            k, v = (join(old, new, mask.shape[-1]) for old, new in zip(past, (k, v)))   # S slots
-        y = attend(q, k, v, mask).to(x.dtype)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)                # -> (B, T or A, C)
+        k = rotate(self.heads(self.k_proj(x)), cos, sin)                        # (B, G, T, D)
+        v = self.heads(self.v_proj(x))
+        if past is not None:                                                    # -> (B, G, S, D)
+            k, v = (torch.cat((old.expand(len(x), -1, -1, -1), new), dim=2)
+                    for old, new in zip(past, (k, v)))
+        x, cos, sin, mask = x[:, -last:], cos[:, :, -last:], sin[:, :, -last:], mask[:, :, -last:]
+        q = rotate(self.heads(self.q_proj(x)), cos, sin)                        # (B, H, last, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -319,26 +188,25 @@ class Attention(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + eps) * weight, computed in float32 whatever the storage."""
+    """x / √(mean(x²) + eps) · weight, the mean being over the last dimension."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """(.., C) -> (.., C)"""
-        inverse = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + self.eps)
-        return (x.float() * inverse * self.weight).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), with silu(z) = z σ(z).
+    """SwiGLU: down(silu(gate(x)) · up(x)), with silu(z) = z σ(z).
 
-    The gate decides, for each inner unit, how much of `up` goes through.
+    The gate decides, for each inner unit, how much of `up` passes.
     """
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         C, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(C, inner, bias=False)
@@ -354,36 +222,33 @@ class Block(nn.Module):
     """Attention and MLP, each behind a norm and beside a residual connection.
 
         x = x + attention(norm(x));  x = x + mlp(norm(x))
-
-    A block is a pure function of its inputs: it returns its keys and values instead of writing them
-    anywhere. So it can be run twice (--recompute) or compiled.
     """
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask, past, wanted=None):
-        """x (B, T, C), past keys and values or None -> (B, T or A, C), all keys and values"""
-        y, keys_values = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, wanted)
-        x = y + (x if wanted is None else pick(x, wanted))
-        return x + self.mlp(self.post_attention_layernorm(x)), keys_values
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: KeysValues | None,
+                last: int) -> tuple[Tensor, KeysValues]:
+        """x (B, T, C) -> (B, T or last, C), and the keys and values of all S tokens."""
+        y, present = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, last)
+        x = x[:, -last:] + y            # x[:, -0:] is all of x
+        return x + self.mlp(self.post_attention_layernorm(x)), present
 
 
 class Llama(nn.Module):
-    """The decoder. `forward` ends at the final norm, so that logits are made only where wanted.
+    """The decoder. `forward` ends at the final norm, so that logits are made only where needed.
 
-    With the vocabulary of Llama 3 the logits of one token are as large as its hidden states in all
-    layers together, and only the answer's few tokens need them.
+    With the vocabulary of Llama 3, the logits of one token are as large as its hidden states in all
+    layers together, and only the few tokens of the answer need them.
     """
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.run_block = Block.__call__     # --recompute and --compile put a wrapper here
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -399,128 +264,108 @@ class Llama(nn.Module):
         return self.embed_tokens(tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores f of the next token, float32 whatever the storage, because Eq. 8 takes small
-        differences of them.  (.., C) -> (.., V)"""
+        """Scores of the next token.  (.., C) -> (.., V)
+
+        They are float32 whatever the storage, because Eq. 8 takes small differences of them.
+        """
         return F.linear(hidden.float(), self.lm_head.weight.float())
 
-    def forward(self, tokens: Tensor | None, *, embeddings: Tensor | None = None,
-                positions: Tensor | None = None, cache: KVCache | None = None,
-                wanted: Tensor | None = None) -> Tensor:
-        """Hidden states after the final norm.  tokens (B, T) -> (B, T, C)
+    def forward(self, x: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
+                past: list[KeysValues] | None = None,
+                last: int = 0) -> tuple[Tensor, list[KeysValues]]:
+        """Hidden states after the final norm, and the keys and values of all tokens so far.
 
-        embeddings (B, T, C) replace embed(tokens). positions (T,) or (B, T), integer or real,
-        default to 0, 1, .. T-1, counted on from the cache. The cache is extended unless it is
-        read-only. If places wanted (B, A) are given, the last block works for them only, and the
-        outcome is (B, A, C).
+        x (B, T, C): embeddings. positions (T,) or (B, T), integer or real: by default 0, 1, ..,
+        counted on from `past`. mask (B or 1, 1, T, S) bool, True where a token may look: by default
+        causal. past: keys and values of earlier tokens, one pair for each block, of B rows or of
+        one row that serves all. last: how many of the last columns are needed, 0 for all; the last
+        block works for these only.  -> (B, T or last, C), and a pair of (B, G, S, D) for each block
         """
-        x = self.embed(tokens) if embeddings is None else embeddings
-        rows, T, _ = x.shape
-        cache = cache or KVCache()
-        cache.make_room(T, rows)
-        mask = cache.mask(T, x.device)
-        positions = cache.positions(T, x.device) if positions is None else positions
+        T, P = x.shape[1], past[0][0].shape[2] if past else 0
+        no_padding = torch.zeros(1, dtype=torch.long, device=x.device)
+        positions = token_positions(no_padding, T, P) if positions is None else positions
+        mask = causal_mask(no_padding, T, P) if mask is None else mask
         angles = positions[..., None].float() * inverse_frequencies(self.config, x.device)
-        angles = angles.view(-1, 1, *angles.shape[-2:])     # (B or 1, 1, T, D/2): alike for heads
+        angles = angles.view(-1, 1, T, angles.shape[-1])    # (B or 1, 1, T, D/2), as for each head
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
-        call = self.run_block if torch.is_grad_enabled() else Block.__call__
-        grown, last = [], len(self.layers) - 1
+        present = []
         for i, block in enumerate(self.layers):
-            past = cache.layers[i] if cache.layers else None
-            x, keys_values = call(block, x, cos, sin, mask, past, wanted if i == last else None)
-            in_place = past is not None and past[0].shape[2] >= cache.length + T
-            grown.append(past if in_place or cache.read_only else keys_values)
-        if not cache.read_only:
-            cache.layers, cache.length = grown, cache.length + T
-        return self.norm(x)
+            needed = last if i == len(self.layers) - 1 else 0
+            x, keys_values = block(x, cos, sin, mask, past[i] if past else None, needed)
+            present.append(keys_values)
+        return self.norm(x), present
 
 
 # ----------------------------------------------------------------------------------------------
 # Checkpoint folders: config.json, and safetensors in one file or in shards with an index
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that an index names."""
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that an index names. Raises FileNotFoundError."""
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if not (folder / names[0]).is_file() and index.is_file():
-        try:
-            content = json.loads(index.read_text(encoding="utf-8"))
-            names = sorted(set(content["weight_map"].values()))
-            _require(names and all(Path(name).name == name for name in names), "names other places")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index}: not an index of files in this folder ({error})") from None
-    for path in (files := [folder / name for name in names]):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found. Weights are read from model.safetensors, "
-                                    f"or from the shards named in {index.name}")
-    return files
+    if index.is_file() and not (folder / names[0]).is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(content["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: not found. Weights are read from "
+                                    f"model.safetensors, or from the shards named in {index.name}")
+    return [folder / name for name in names]
 
 
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or truncated ({error}). Fetch it again") from None
-
-
-def tensor_places(folder: Path, model: Llama) -> dict[str, tuple[Path, str]]:
-    """Our name -> (file, stored name) of every tensor, from the headers of the files alone.
+def find_tensors(folder: Path, model: Llama) -> dict[str, tuple[Path, str]]:
+    """Parameter name -> (file, stored name), from the headers of the files alone.
 
     Raises FileNotFoundError for absent files, and one ValueError for all tensors that are missing,
     unexpected or of another shape or type.
     """
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}     # tied ones once
-    where, wrong, tied = {}, [], model.config.tie_word_embeddings
-    for path in _weight_files(folder):
-        with _open(path) as file:
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}     # tied ones once
+    found: dict[str, tuple[Path, str]] = {}
+    wrong = []
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
             for stored in file.keys():
-                name, entry = stored.removeprefix("model."), file.get_slice(stored)
-                shape, kind = tuple(entry.get_shape()), entry.get_dtype()
+                name, header = stored.removeprefix("model."), file.get_slice(stored)
+                shape, dtype = tuple(header.get_shape()), header.get_dtype()
                 if name.endswith("rotary_emb.inv_freq"):
                     continue                            # older files store what we compute
-                if name == "lm_head.weight" and tied:   # some store both; load_llama compares
-                    wanted = wanted | {name: wanted["embed_tokens.weight"]}
-                if name not in wanted or name in where:
+                if name == "lm_head.weight" and model.config.tie_word_embeddings:
+                    shapes[name] = shapes["embed_tokens.weight"]        # some files store both
+                if name not in shapes or name in found:
                     wrong.append(f"{stored} in {path.name} unexpected")
-                elif shape != wanted[name] or kind not in ("F32", "F16", "BF16"):
-                    wrong.append(f"{stored} in {path.name} of shape {shape} as {kind}, wanted "
-                                 f"{wanted[name]} as F32, F16 or BF16")
-                where[name] = (path, stored)
-    wrong += [f"{name} missing" for name in wanted if name not in where]
-    _require(not wrong, f"{folder}: {len(wrong)} tensors do not fit config.json: "
-             f"{'; '.join(wrong[:6])}. Do they belong together?")
-    return where
+                elif shape != shapes[name] or dtype not in ("F32", "F16", "BF16"):
+                    wrong.append(f"{stored} in {path.name} of shape {shape} as {dtype}, wanted "
+                                 f"{shapes[name]} as F32, F16 or BF16")
+                found[name] = (path, stored)
+    wrong += [f"{name} missing" for name in shapes if name not in found]
+    if wrong:
+        raise ValueError(f"{folder}: {len(wrong)} tensors do not fit config.json: "
+                         f"{'; '.join(wrong[:6])}. Do they belong together?")
+    return found
 
 
-def _read(path: Path, stored: str, device, dtype: torch.dtype | None) -> Tensor:
-    """One tensor. The file is mapped into memory and unmapped again for each, so that no more than
-    one of them is in memory twice."""
-    with _open(path) as file:
-        mapped = file.get_tensor(stored)
-        _require(bool(torch.stack(mapped.aminmax()).isfinite().all()),
-                 f"{path}: {stored} holds values that are not finite")
-        return mapped.to(device, dtype, copy=True)
+def read_tensor(path: Path, stored: str) -> Tensor:
+    """One tensor of a file. The file is opened anew for each, so that memory holds one at a time.
+    """
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(stored)
 
 
-def load_llama(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Llama:
+def load_llama(folder: str | Path, device: torch.device | str = "cpu",
+               dtype: torch.dtype | None = None) -> Llama:
     """Read a checkpoint folder strictly. dtype None keeps the stored precision.
 
-    Raises FileNotFoundError or ValueError for files that are absent or damaged, for tensors that
-    are missing, unexpected or misshapen (all listed together, before any is read), and for values
-    that are not finite.
+    Raises what LlamaConfig.from_folder and find_tensors raise, before any weight is read.
     """
     config = LlamaConfig.from_folder(folder)
     with torch.device("meta"):
         model = Llama(config)
-    found = {name: _read(path, stored, device, dtype)
-             for name, (path, stored) in tensor_places(Path(folder), model).items()}
+    weights = {name: read_tensor(*place).to(device, dtype, copy=True)
+               for name, place in find_tensors(Path(folder), model).items()}
     if config.tie_word_embeddings:                      # one parameter, not two of the same values
-        shared = found["embed_tokens.weight"]
-        _require(torch.equal(found.setdefault("lm_head.weight", shared), shared),
-                 f"{folder}: config.json ties lm_head to embed_tokens, but the files hold "
-                 "different values for them. Which is right?")
-        found["lm_head.weight"] = shared
-    model.load_state_dict(found, assign=True)
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+    model.load_state_dict(weights, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
@@ -533,15 +378,16 @@ def save_llama(model: Llama, folder: str | Path) -> None:
     """
     folder, tensors = Path(folder), {}
     for name, p in model.named_parameters():
-        _require(not name.endswith((".A", ".B")), f"{name} has no place in the checkpoint of a "
-                 "plain Llama; merge_lora(model) first")
+        if name.endswith((".A", ".B")):
+            raise ValueError(f"{name} has no place in the checkpoint of a plain Llama; "
+                             "merge_lora(model) first")
         stored = name if name.startswith("lm_head") else f"model.{name}"
         tensors[stored] = p.detach().contiguous().cpu()
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
               "torch_dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
               **asdict(model.config)}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.safetensors.part").write_bytes(save(tensors, {"format": "pt"}))
-    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
-    (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(folder / "config.json.part", folder / "config.json")
+    for name, content in (("model.safetensors", save(tensors, {"format": "pt"})),
+                          ("config.json", json.dumps(config, indent=2).encode() + b"\n")):
+        (folder / f"{name}.part").write_bytes(content)
+        os.replace(folder / f"{name}.part", folder / name)

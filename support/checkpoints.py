@@ -1,17 +1,22 @@
-"""Where a base comes from (a folder or the Hugging Face Hub), its tokenizer, and its digest."""
+"""Checkpoint folders of base models: where they come from, whether they are sound, their digest.
+
+llama.py reads a sound folder, and refuses by name what its forward does not implement. Damaged or
+absurd folders are found here, before anything is loaded.
+"""
 
 import hashlib
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from data import Tokenizer
-from llama import Llama, LlamaConfig, tensor_places
+from data import Sequences, Tokenizer, encode_sequences
+from llama import Llama, LlamaConfig, find_tensors, read_tensor
 from support.files import read_object
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -32,7 +37,7 @@ def find_checkpoint(name: str) -> Path:
     from huggingface_hub.errors import (GatedRepoError, LocalEntryNotFoundError,
                                         RepositoryNotFoundError)
     try:
-        LlamaConfig.from_folder(snapshot_download(name, allow_patterns=SMALL_FILES))
+        check_config(snapshot_download(name, allow_patterns=SMALL_FILES))
         return Path(snapshot_download(name, allow_patterns=SMALL_FILES + WEIGHT_FILES))
     except GatedRepoError:
         raise ValueError(
@@ -102,21 +107,114 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
                      (ids["pad"] + ids["eos"])[0])
 
 
-def fingerprint(folder: str | Path) -> str:
-    """A digest of the sizes, of every stored value and of the tokenizer of a checkpoint, the same
-    for one file and for shards. It says which base an adapter was tuned on. Raises what load_llama
-    raises for files that are absent, damaged or do not fit."""
-    config = LlamaConfig.from_folder(folder)
+def require(condition: bool, fault: str) -> None:
+    """Raise ValueError with this message unless the condition holds."""
+    if not condition:
+        raise ValueError(fault)
+
+
+def positive(value) -> bool:
+    """Is it a number that could be a size, a factor or a frequency?"""
+    return type(value) in (int, float) and 0 < value < 1e18
+
+
+def check_config(folder: str | Path) -> LlamaConfig:
+    """The configuration in a checkpoint folder.
+
+    Raises FileNotFoundError, or a ValueError that names the file and what is wrong with it.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = LlamaConfig.from_folder(folder)
+        for f in fields(config):
+            value = getattr(config, f.name)
+            sound, wanted = {
+                int: (type(value) is int and 0 < value < 10**8, "a positive integer below 10^8"),
+                float: (positive(value), "a positive number"),
+                bool: (type(value) is bool, "true or false")}.get(f.type, (True, ""))
+            require(sound, f"{f.name} is {value!r}; wanted {wanted}")
+        H, G, L = (config.num_attention_heads, config.num_key_value_heads,
+                   config.num_hidden_layers)
+        require(L <= 1_000, f"num_hidden_layers is {L}; the deepest Llama has 126")
+        require(H % G == 0, f"{H} query heads cannot share {G} key/value heads evenly")
+        require(config.head_dim % 2 == 0,
+                f"head_dim is {config.head_dim}; rotary embeddings want an even width")
+        if s := config.rope_scaling:
+            for key in ("factor", "low_freq_factor", "high_freq_factor",
+                        "original_max_position_embeddings"):
+                require(positive(s.get(key)), f"rope scaling 'llama3': {key} is {s.get(key)!r}; "
+                        "wanted a positive number")
+            require(s["low_freq_factor"] < s["high_freq_factor"],
+                    "rope scaling 'llama3': low_freq_factor is not below high_freq_factor")
+        return config
+    except FileNotFoundError:
+        raise
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        fault = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: {fault}; wanted the settings of a Llama") from None
+
+
+def check_index(folder: Path) -> None:
+    """Raise ValueError if an index of shards is damaged, or names files outside its folder."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file() or (folder / "model.safetensors").is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        require(bool(names) and all(Path(name).name == name for name in names),
+                "names other places")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index}: not an index of files in this folder ({error})") from None
+
+
+def check_checkpoint(folder: str | Path) -> str:
+    """Read every file of a checkpoint folder once. Returns its digest.
+
+    The digest is of the sizes, of every stored value and of the tokenizer; it is the same for one
+    file and for shards. It says which base model an adapter was tuned on. Raises FileNotFoundError
+    or ValueError for files that are absent or damaged, for tensors that do not fit config.json, and
+    for values that are not finite.
+    """
+    folder, config = Path(folder), check_config(folder)
+    check_index(folder)
     with torch.device("meta"):
-        places = tensor_places(Path(folder), Llama(config))
+        model = Llama(config)
     digests = {}
-    for name, (path, stored) in places.items():
-        with safe_open(path, framework="pt") as file:
-            values = file.get_tensor(stored).contiguous().view(torch.uint8).numpy()
-            digests[name] = hashlib.sha256(values).hexdigest()
-    if config.tie_word_embeddings:
-        digests.pop("lm_head.weight", None)         # a second copy of embed_tokens
-    if (tokenizer := Path(folder) / "tokenizer.json").is_file():
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged or truncated ({error}). Fetch it again") from None
+    for name, (path, stored) in find_tensors(folder, model).items():
+        value = read_tensor(path, stored)
+        require(bool(torch.stack(value.aminmax()).isfinite().all()),
+                f"{path}: {stored} holds values that are not finite")
+        digests[name] = hashlib.sha256(
+            value.contiguous().view(torch.uint8).numpy()).hexdigest()
+    if config.tie_word_embeddings:                  # some files store the tied matrix twice
+        second = digests.pop("lm_head.weight", None)
+        require(second in (None, digests["embed_tokens.weight"]),
+                f"{folder}: config.json ties lm_head to embed_tokens, but the files hold different "
+                "values for them. Which is right?")
+    if (tokenizer := folder / "tokenizer.json").is_file():
         digests[tokenizer.name] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     description = json.dumps([asdict(config), digests], sort_keys=True)
     return hashlib.sha256(description.encode()).hexdigest()[:16]
+
+
+def check_context(tokenizer: Tokenizer, sequences: Sequences, context: int) -> None:
+    """Raise ValueError if the longest sequence does not fit a context of so many tokens."""
+    width = np.array([len(e.ids) for e in tokenizer.bpe.encode_batch(sequences.titles)])
+    total = np.concatenate(([0], width[sequences.items].cumsum()))
+    i = int(np.argmax(total[sequences.targets + 1] - total[sequences.starts]))
+    longest = sequences.select(slice(i, i + 1))
+    tokens = len(encode_sequences(tokenizer, longest)[0].tokens)
+    if tokens > context:
+        history = longest.titles_of(longest.history(0))
+        raise ValueError(f"a history of {len(history)} items, {history[0][:60]!r} to "
+                         f"{history[-1][:60]!r}, makes {tokens} tokens with its answer, more than "
+                         f"the base's context of {context}. Use a base with a longer context, or "
+                         "shorten the titles")

@@ -17,6 +17,7 @@ from data import DOMAINS, Sequences
 from evaluate import Decoding
 from lora import ALL_LINEAR, LoraConfig
 from support.datasets import FORMATS, SAMPLE, check_preparation
+from support.terminal import Parser
 
 TEMPORAL = ("rope", "rope-attention", "sinpe", "none")
 LISTS = ("beams", "titles", "exact")
@@ -229,6 +230,11 @@ class Options:
         """For run.json."""
         return asdict(self)
 
+    def adapter_settings(self) -> dict:
+        """What the model must have in common with the one that an adapter was tuned in."""
+        return {"temporal": self.temporal, "index": self.index,
+                "scale": self.sinpe_scale if self.temporal == "sinpe" else 1.0}
+
     def decoding(self) -> Decoding:
         """How the paper's lists are made."""
         return Decoding(self.beams, self.length_penalty, self.ground_with, self.ground_list,
@@ -267,10 +273,6 @@ class Where:
                                  "its own data and base; goes with the flags of this group, "
                                  "--data-dir, --device, --dtype, and --model where the base has "
                                  "moved", None, told="tune first", metavar="RUN")
-    reproduce: str | None = flag("run", "do the run in this folder again, in a new one, and tell "
-                                 "where losses and metrics differ; goes with --data-dir, --device, "
-                                 "--out, and --model where the base has moved", None,
-                                 told="no", metavar="RUN")
 
 
 def defaults(kind, *wanted: str) -> dict:
@@ -359,3 +361,13 @@ def parse(ap: argparse.ArgumentParser, argv) -> dict:
         if value in ("", []):       # the parser takes `--flag --` for a list of no values
             ap.error(f"argument {as_flag(name)}: got nothing")
     return given
+
+
+def read_flags(argv: list[str] | None) -> dict:
+    """The flags of cetrec.py that were given, by the names of their fields."""
+    ap = Parser(prog="cetrec.py",
+                description="CETRec: tune a Llama so that the order of a history counts, then "
+                "measure it.",
+                epilog="docs/readings.md explains D1 to D15, what the paper leaves open.")
+    add_flags(ap, Options, Where)
+    return parse(ap, argv)

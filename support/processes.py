@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data import Batch, Sequences
+from data import IGNORE, Batch, Sequences
 from evaluate import Lists
 
 
@@ -86,16 +86,22 @@ def add_up(tensors: list[Tensor]) -> None:
 
 def my_parts(batch: Batch, rows: int) -> list[tuple[Batch, float]]:
     """The parts of a batch that this process works on, at most so many rows each, and their shares
-    of the batch's targets.
+    of the batch's answer tokens.
 
     All processes get equally many. One for which nothing is left gets a part that another one has,
     with share 0.
     """
     N = processes()
     parts = batch.split(min(rows, -(-len(batch.tokens) // N)))
-    shares = [len(part.targets) / len(batch.targets) for part in parts]
+    targets = [int((part.answers != IGNORE).sum()) for part in parts]
+    shares = [count / sum(targets) for count in targets]
     spare = -len(parts) % N
     return list(zip(parts + parts[:1] * spare, shares + [0.0] * spare))[rank()::N]
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """Let dropout depend on the seed, the step and this process only, not on what ran before."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1)[0]))
 
 
 def check_shardable() -> None:
@@ -145,10 +151,10 @@ def shared_out(recommend: Callable) -> Callable:
     return recommend_together
 
 
-def in_shares(work: Callable[[Sequences], np.ndarray], sequences: Sequences) -> np.ndarray:
-    """work(sequences), a row for each of them, done by all processes.  -> (len(sequences), ..)"""
+def my_sequences(sequences: Sequences) -> Sequences:
+    """The sequences that this process works on: every N-th, beginning with its own number."""
     this, N = dealers()
-    return together(work(sequences.select(slice(this, None, N))))
+    return sequences.select(slice(this, None, N))
 
 
 def together(mine: np.ndarray) -> np.ndarray:

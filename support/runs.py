@@ -2,7 +2,7 @@
 
 A run folder holds run.json (options, versions, counts, and at the end the results), log.jsonl (a
 line for each step), the adapter, evaluation.safetensors (lists by test sequence), catalogue.json,
-and until the run is complete checkpoint.safetensors (support/journal.py). What --eval-only finds
+and until the run is complete checkpoint.safetensors (support/progress.py). What --eval-only finds
 goes to eval.json and eval-evaluation.safetensors beside them. All of it is safetensors or JSON;
 nothing is unpickled.
 
@@ -12,36 +12,116 @@ Nothing here is the paper. It is what lets a run be repeated, interrupted and lo
 import hashlib
 import itertools
 import json
-import math
 import os
 import platform
-import resource
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import safetensors
 import tokenizers
 import torch
-from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
-from data import DOMAINS, Batch, Sequences, make_sequences, split_by_time
+from data import (DOMAINS, Catalogue, Sequences, Tokenizer, encode_sequences, make_sequences,
+                  show_prompt, split_by_time)
 from evaluate import format_table
-from llama import LlamaConfig
+from llama import Llama, load_llama
 from lora import load_lora, save_lora
-from support.checkpoints import find_checkpoint
+from support.checkpoints import (check_checkpoint, check_config, check_context, find_checkpoint,
+                                 read_tokenizer)
 from support.datasets import TABLE_2, counts, load_interactions, prepare
 from support.files import read_object, save_arrays, write_json
 from support.options import EVALUATION, Options, as_flag
 from support.processes import agreed, check_shardable, first_process_first, processes, rank
 from support.synthetic import SyntheticWorld
+from support.tiny import TINY_BASES, TinyBase, tiny_base
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run works on: its options, its data, its base model. The record goes to run.json."""
+
+    options: Options
+    splits: tuple[Sequences, Sequences, Sequences]      # train, validation, test
+    synthetic: SyntheticWorld | None                    # where the data came from one
+    llama: Llama
+    tokenizer: Tokenizer
+    device: torch.device
+    record: dict
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The items as the base model meets them."""
+        return Catalogue(self.splits[0].titles, self.splits[0].domain, self.tokenizer)
+
+
+def open_inputs(options: Options, out: Path, source: Path | None = None,
+                same_as: Path | None = None) -> RunInputs:
+    """Read the data and the base model, which is made or fetched if need be; print what they are.
+
+    source: the folder of the base model, if it is known. same_as: the folder of a run; data and
+    base model must be what they were when it began. Raises FileNotFoundError or ValueError, where
+    possible before weights are read.
+    """
+    check_writable(out)
+    device, dtype = choose_device(options)
+    splits, synthetic, record = open_data(options)
+    if same_as:
+        check_same(same_as, record)
+    if source is None and options.model == "tiny":
+        source = tiny_base(out, splits, options.seed, device,
+                           TINY_BASES.get(options.data, TinyBase()))
+    source = source or find_checkpoint(options.model)
+    config, tokenizer = check_config(source), read_tokenizer(source)
+    for part in splits:
+        check_context(tokenizer, part, config.max_position_embeddings)
+    started, digest = time.perf_counter(), check_checkpoint(source)
+    llama = load_llama(source, "cpu" if options.shard else device, dtype)
+    wrap_blocks(llama, options)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print(f"base model {source} | digest {digest} | {config.vocab_size:,} tokens | read in "
+          f"{time.perf_counter() - started:.1f} s | on {device}{threads}, "
+          f"{'as stored' if dtype is None else str(dtype).removeprefix('torch.')}")
+    record |= {"method": "cetrec", "options": options.record(), "vocabulary": config.vocab_size,
+               "settings": options.adapter_settings() | {"base": digest},
+               "base": source.name if options.model == "tiny" else str(source),
+               "versions": versions(device)}
+    if same_as:
+        check_same(same_as, record)
+    return RunInputs(options, splits, synthetic, llama, tokenizer, device, record)
+
+
+def reopen(folder: Path, flags: dict, command: str) -> RunInputs:
+    """What the run in a folder worked on; see read_run for the flags that may change it."""
+    options, source = read_run(folder, flags, command)
+    return open_inputs(options, folder.parent, source, same_as=folder)
+
+
+def wrap_blocks(llama: Llama, options: Options) -> None:
+    """--recompute and --compile, which a block does not know of. Evaluation stays eager."""
+    for block in llama.layers:
+        if options.recompute:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if options.compile:
+            block.forward = in_training(torch.compile(block.forward, dynamic=True), block.forward)
+
+
+def in_training(compiled: Callable, eager: Callable) -> Callable:
+    """A function that is compiled where gradients are wanted, and eager elsewhere."""
+    return lambda *inputs: (compiled if torch.is_grad_enabled() else eager)(*inputs)
+
 
 # ----------------------------------------------------------------------------------------------
-# The command and its folders
+# The folder of a run
 
 
 def check_writable(out: Path) -> None:
@@ -53,6 +133,25 @@ def check_writable(out: Path) -> None:
     except OSError as error:
         raise ValueError(f"{out}: cannot write there ({error.strerror}); choose another folder "
                          "with --out") from None
+
+
+def start(out: Path, name: str, inputs: RunInputs) -> Path:
+    """Show a training prompt, and begin a run: make its folder and write run.json there."""
+    (example,) = encode_sequences(inputs.tokenizer, inputs.splits[0].select(slice(0, 1)))
+    print("a training prompt, each item ⟨marked⟩ with its index k\n"
+          f"{show_prompt(inputs.tokenizer, example)}")
+    folder = new_folder(out, f"{Path(inputs.options.data).resolve().name}-{name}")
+    write_json(folder / "run.json", inputs.record)
+    return folder
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """An interruption in this context says how to continue."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"continue with --resume {folder}") from None
 
 
 def new_folder(out: Path, name: str) -> Path:
@@ -76,59 +175,45 @@ def versions(device: torch.device) -> dict[str, str]:
              "safetensors": safetensors.__version__,
              "device": f"{device.type} ({kind}), {torch.get_num_threads()} threads",
              "processes": str(processes())}
-    here = Path(__file__).parent.parent
-    if (here / ".git").exists() and shutil.which("git"):
-        told = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"],
-                              capture_output=True, text=True)
-        found |= {"revision": told.stdout.strip()} if told.returncode == 0 else {}
+    project = Path(__file__).parent.parent
+    if (project / ".git").exists() and shutil.which("git"):
+        git = subprocess.run(["git", "-C", project, "describe", "--always", "--dirty",
+                              "--abbrev=40"], capture_output=True, text=True)
+        found |= {"revision": git.stdout.strip()} if git.returncode == 0 else {}
     return found
 
 
-def finish(folder: Path, record: dict, arrays: dict, test_set: Sequences,
-           tuned: bool = True) -> None:
-    """Write what was found, beside the run's own files if it was only evaluated, and print it."""
+def finish(folder: Path, record: dict, arrays: dict, catalogue: Catalogue,
+           name: str = "run") -> None:
+    """Write results and print them. name: run, or eval beside it for a run evaluated again."""
     if rank():
         return
-    if not tuned:       # until the new one is whole there is none, and the run's own counts
+    if name == "eval":      # until the new one is whole there is none, and the run's own counts
         (folder / "eval.json").unlink(missing_ok=True)
     record["arrays"] = save_arrays(
-        arrays, folder / ("evaluation.safetensors" if tuned else "eval-evaluation.safetensors"))
-    write_json(folder / "catalogue.json", {"domain": test_set.domain, "titles": test_set.titles})
-    write_json(folder / ("run.json" if tuned else "eval.json"), record)
-    if tuned:
+        arrays, folder / ("evaluation.safetensors" if name == "run" else
+                          "eval-evaluation.safetensors"))
+    write_json(folder / "catalogue.json", {"domain": catalogue.domain,
+                                           "titles": catalogue.titles})
+    write_json(folder / f"{name}.json", record)
+    if name == "run":
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     print(f"{record['protocol']}\n{format_table(record['rows'])}")
     if "effect" in record:
-        print("effect of order on log p(answer) (Eq. 7): {:+.4f} ± {:.4f} nats, factual minus "
-              "erased world".format(*record["effect"]))
-    title = test_set.titles[test_set.target(0)] if record["method"] == "cetrec" else None
-    print(f"written {folder}; look at it with\n{next_commands(folder, title)}")
+        print("effect of order on log p(answer): {:+.4f} ± {:.4f} nats, factual minus erased "
+              "world".format(*record["effect"]))
+    print(f"written {folder}")
 
 
-def next_commands(folder: Path, title: str | None) -> str:
-    """What can be done with a finished run, as lines to paste into a shell.
-
-    title is one of the catalogue, which may hold characters that a shell would take for its own; it
-    is None for a baseline, whose model only its own command can load.
-    """
-    run = shlex.quote(str(folder))
-    lines = [f"  python -m experiments.report {run}        # its tables and figures on a page"]
-    if title is not None:
-        lines += [f"  python -m experiments.explain {run} 0     # a test sequence in both worlds",
-                  f"  python -m experiments.recommend {run} {shlex.quote(title)}     # ten titles"]
-    return "\n".join(lines)
-
-
-def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Options, Path | None]:
+def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Options, Path]:
     """The options of a run, changed by the flags that may differ, and the folder of its base.
 
     What decides the result is taken from the run itself. Only what concerns the machine, the places
-    of files and, unless a run goes on or is done again, the evaluation may differ. The flag names
-    the command in messages. The base is None if it is a tiny one to be made again. Raises
-    FileNotFoundError or ValueError.
+    of files and, unless a run is resumed, the evaluation may differ. The flag names the command in
+    messages. Raises FileNotFoundError or ValueError.
     """
-    allowed = {"data_dir", "device", "model", "shard"} | {
-        "--resume": set(), "--reproduce": {"out"}}.get(flag, EVALUATION | {"dtype"})
+    allowed = {"data_dir", "device", "model", "shard"} | (
+        set() if flag == "--resume" else EVALUATION | {"dtype"})
     if extra := sorted(given.keys() - allowed):
         raise ValueError(f"{flag} takes data, base and tuning from the run; it does not go with "
                          f"{', '.join(map(as_flag, extra))}")
@@ -146,11 +231,6 @@ def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Opti
     except (KeyError, TypeError) as error:
         raise ValueError(f"{record}: not the record of a run of this version ({error!r})") from None
     options.check_use(given)
-    if flag == "--reproduce":
-        if not ended:
-            raise ValueError(f"{folder}: this run is not complete; --resume goes on with it")
-        if model == "tiny":
-            return options, None
     if flag == "--resume" and ended:
         raise ValueError(f"{folder}: this run is complete; --eval-only evaluates it again")
     if flag != "--resume" and not ended:        # temporal.json is the last file of an adapter
@@ -201,28 +281,6 @@ def check_same(folder: Path, record: dict) -> None:
                         for one, other in ((was, now), (now, was)))
         raise ValueError(f"{folder}: {key} of the run, {was}, is now {now}; a run goes on, and is "
                          "evaluated, with the data and the base it began with only")
-
-
-def differences(was: Path, now: Path) -> str:
-    """Where losses and metrics of two runs differ most, as two lines."""
-    logs, tables = [], []
-    for folder in (was, now):
-        lines = map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
-        logs.append({(line["step"], key): value for line in lines for key, value in line.items()
-                     if key in ("loss", "loss_ta", "loss_ct", "validation_ta")})
-        rows = read_object(folder / "run.json")["rows"]
-        tables.append({(row, metric): value[0] for row, values in rows.items()
-                       for metric, value in values.items()})
-    told = [f"{was} and {now}, which does it again:"]
-    for name, (one, other) in (("losses", logs), ("metrics", tables)):
-        gaps = {key: 0.0 if str(one.get(key)) == str(other.get(key)) else    # nan is nan here
-                abs(one[key] - other[key]) if key in one.keys() & other.keys() else math.inf
-                for key in one | other}
-        worst = max(gaps, key=gaps.get)
-        told.append(f"  {len(gaps):,} {name} | " + (
-            "all the same, to the last digit" if not gaps[worst] else f"the largest difference is "
-            f"{gaps[worst]:.2g}, of {worst[1]} at {worst[0]}"))
-    return "\n".join(told)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -291,48 +349,20 @@ def choose_device(options: Options) -> tuple[torch.device, torch.dtype | None]:
     return torch.device(kind), None if name == "stored" else getattr(torch, name)
 
 
-def peak_memory(device: torch.device) -> float:
-    """GB: peak allocated on a GPU, else the peak of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024          # ru_maxrss: bytes on macOS, kB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def rows_that_fit(config: LlamaConfig, batch: Batch, device: torch.device, worlds: int = 2,
-                  recompute: bool = False) -> int:
-    """How many rows of a batch to tune on at a time, so that memory stays bounded.
-
-    On CUDA devices that is so many that what the backward pass keeps takes a third of the memory:
-    some ten widths and four inner widths of each token in each block (of one block, where blocks
-    are recomputed), and about six times the logits at the targets. Elsewhere it is so many that the
-    widest activation of a block has about a million numbers. Memory of that size is kept for the
-    next tensor instead of being given back and asked for anew, so smaller parts cost no time.
-    """
-    C, inner, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    tokens, A = batch.tokens.shape[1] - batch.prefix, batch.places.shape[1]
-    if device.type != "cuda":
-        return max(1, 10**6 // (worlds * tokens * inner))
-    block = 10 * C + 4 * inner
-    of_row = worlds * (tokens * (L * C + block if recompute else L * block)
-                       + 6 * A * config.vocab_size)
-    return max(1, torch.cuda.get_device_properties(device).total_memory // (3 * 4 * of_row))
-
-
 # ----------------------------------------------------------------------------------------------
 # Adapters: peft's two files, and temporal.json, which says what they were tuned for
 
 
-def save_adapter(model, folder: Path, base: str | None = None) -> None:
-    """Write factors and settings of a TemporalLlama; base is the name of the base, for peft.
+def save_adapter(model, folder: Path, settings: dict, base_model: str | None = None) -> None:
+    """Write the factors, and the settings they go with, as Options.adapter_settings has them.
 
-    What a baseline puts round the Llama (experiments/llm_baselines.py) goes to parts.safetensors.
-    temporal.json, which is written last, has the checksums of the tensors' files.
+    base_model: its name for peft. temporal.json is written last and has the checksum of the
+    factors' file.
     """
     if rank():
         return
     try:
-        save_lora(model, folder, base)
+        save_lora(model, folder, base_model)
     except BaseException:           # a full disk above all: leave no part of a file
         for part in folder.glob("adapter_*.part"):
             part.unlink()
@@ -340,49 +370,33 @@ def save_adapter(model, folder: Path, base: str | None = None) -> None:
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         with open(folder / name, "rb") as file:         # on the disk before what vouches for it
             os.fsync(file.fileno())
-    if parts := parts_round_the_base(model):
-        save_arrays({name: p.numpy(force=True) for name, p in parts.items()},
-                    folder / "parts.safetensors")
-    write_json(folder / "temporal.json", model.settings() | {"sha256": adapter_checksums(folder)})
+    write_json(folder / "temporal.json", settings | {"sha256": adapter_checksum(folder)})
 
 
-def adapter_checksums(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256 of the files of an adapter that hold tensors."""
-    paths = [folder / name for name in ("adapter_model.safetensors", "parts.safetensors")]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in paths if path.is_file()}
+def adapter_checksum(folder: Path) -> str:
+    """SHA-256 of the file of the factors, or "" if there is none."""
+    path = folder / "adapter_model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def load_adapter(model, folder: Path) -> None:
-    """Add the folder's factors to the TemporalLlama that they were tuned in.
+def load_adapter(model, folder: Path, settings: dict) -> None:
+    """Add the folder's factors to a model of the settings that they were tuned with.
 
-    Raises FileNotFoundError or ValueError: files absent or damaged; another base or temporal
-    embedding than this model's, both named. An adapter that peft made has none: see load_lora.
+    Raises FileNotFoundError or ValueError: files absent or damaged; another base model or temporal
+    embedding than in the settings, both named. An adapter that peft made has none: see load_lora.
     """
     path = Path(folder) / "temporal.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; a tuned adapter of ours has it")
-    try:
-        theirs, ours = read_object(path), model.settings()
-        both, checksums = [[f[key] for key in ours] for f in (theirs, ours)], theirs["sha256"]
-    except KeyError as error:
-        raise ValueError(f"{path}: not the settings of an adapter ({error!r})") from None
-    if both[0] != both[1]:
-        tuned, here = (", ".join(f"{key} {value}" for key, value in zip(ours, values))
-                       for values in both)
-        raise ValueError(f"{path}: the adapter was tuned with {tuned}; this model has {here}. Give "
-                         "it the base and the settings it was tuned with")
-    if checksums != (found := adapter_checksums(Path(folder))):
-        raise ValueError(f"{folder}: the tensors of the adapter are not those that temporal.json "
-                         f"was written for ({', '.join(found) or 'no files'}); they are damaged or "
-                         "changed, so copy them again or tune again")
+    saved = read_object(path)
+    if missing := [key for key in (*settings, "sha256") if key not in saved]:
+        raise ValueError(f"{path}: not the settings of an adapter ({missing[0]!r} is missing)")
+    if any(saved[key] != value for key, value in settings.items()):
+        tuned, ours = (", ".join(f"{key} {values[key]}" for key in settings)
+                       for values in (saved, settings))
+        raise ValueError(f"{path}: the adapter was tuned with {tuned}; this model has {ours}. Give "
+                         "it the base model and the settings it was tuned with")
+    if saved["sha256"] != adapter_checksum(Path(folder)):
+        raise ValueError(f"{folder}: the factors are not those that temporal.json was written for; "
+                         "they are damaged, absent or changed, so copy them again or tune again")
     load_lora(model, folder)
-    if parts := parts_round_the_base(model):
-        kept = load_file(folder / "parts.safetensors")
-        for name, p in parts.items():
-            p.data.copy_(kept[name])
-
-
-def parts_round_the_base(model) -> dict[str, torch.nn.Parameter]:
-    """Parameters outside the Llama, by name. CETRec has none."""
-    return {name: p for name, p in model.named_parameters() if not name.startswith("llama.")}

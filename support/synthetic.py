@@ -94,7 +94,7 @@ class SyntheticWorld:
             order = (1 - self.clock) * order + self.clock * age / age.sum(axis=-1, keepdims=True)
         return (1 - self.strength) / n + self.strength * order
 
-    def law(self, histories, days=None) -> np.ndarray:
+    def true_distribution(self, histories, days=None) -> np.ndarray:
         """Exact p(next | history) for histories of any lengths, oldest first.  -> (n, N)
 
         days: for each history what next_distribution wants; None without a clock.
@@ -214,9 +214,9 @@ def top(p: np.ndarray) -> np.ndarray:
     return np.argsort(-p, axis=1, kind="stable")[:, :LENGTH]
 
 
-def oracle_rows(world: SyntheticWorld, histories, law: np.ndarray,
+def oracle_rows(world: SyntheticWorld, histories, true_p: np.ndarray,
                 samples: int = 256) -> dict[str, Scores]:
-    """What the best recommenders reach on these histories; law (n, N) is p(next | history).
+    """What the best recommenders reach on these histories; true_p (n, N) is p(next | history).
 
     "order-aware" ranks by the law itself, and no recommender has a larger mean. Its "reversed" row
     is the same recommender, misled by reversed histories. "order-blind" ranks by p averaged over
@@ -230,9 +230,9 @@ def oracle_rows(world: SyntheticWorld, histories, law: np.ndarray,
     histories = [np.asarray(h) for h in histories]
     sizes, ranked = np.array([len(h) for h in histories]), {}
     if world.clock:
-        ranked["best, clock-aware"] = law
+        ranked["best, clock-aware"] = true_p
     kinds = ["best, order-aware", "best, order-aware | reversed", "best, order-blind"]
-    ranked |= {name: np.zeros(law.shape) for name in kinds}
+    ranked |= {name: np.zeros(true_p.shape) for name in kinds}
     for n in np.unique(sizes):
         rows = np.flatnonzero(sizes == n)
         group = np.stack([histories[i] for i in rows])
@@ -240,5 +240,5 @@ def oracle_rows(world: SyntheticWorld, histories, law: np.ndarray,
             ranked[name][rows] = world.next_distribution(given) if not world.clock else (
                 world.order_blind_distribution(given, samples, order_known=True))
         ranked[kinds[2]][rows] = world.order_blind_distribution(group, samples)
-    return {name: summarise(list_values(top(p), np.zeros(len(p)), law))
+    return {name: summarise(list_values(top(p), np.zeros(len(p)), true_p))
             for name, p in ranked.items()}

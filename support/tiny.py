@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (NO_ITEM, Batch, Sequences, Tokenizer, batches, build_prompt, check_context)
-from llama import Llama, LlamaConfig, save_llama
+from data import IGNORE, NO_ITEM, Batch, Sequences, Tokenizer, batches, build_prompt
+from llama import Llama, LlamaConfig, causal_mask, save_llama, token_positions
+from support import progress
+from support.checkpoints import check_context
 from support.files import write_json, write_whole
-from support.journal import Journal, lock
 from support.processes import agreed, first_process_first
 
 
@@ -91,10 +91,11 @@ def tokenizer_for(train_set: Sequences, pieces: int) -> Tokenizer:
 
 def supervise_titles(batch: Batch) -> Batch:
     """The batch with every title token of the history supervised too, which is ten times the signal
-    of the answer alone."""
-    labels, in_title = batch.labels.clone(), batch.item_pos[:, 1:] != NO_ITEM
-    labels[:, :-1][in_title] = batch.tokens[:, 1:][in_title]
-    return replace(batch, labels=labels)
+    of the answer alone.  answers (B, A) -> (B, T)"""
+    following = torch.cat((batch.tokens[:, 1:], batch.answers[:, -1:]), dim=1)
+    in_title = F.pad(batch.item_pos[:, 1:] != NO_ITEM, (0, 1))
+    answers = F.pad(batch.answers, (following.shape[1] - batch.answers.shape[1], 0), value=IGNORE)
+    return replace(batch, answers=torch.where(in_title, following, answers))
 
 
 def tiny_base(root: Path, splits: tuple[Sequences, ...], seed: int, device: torch.device,
@@ -128,7 +129,7 @@ def make(folder: Path, tokenizer: Tokenizer, train_set: Sequences, seed: int,
     heads = recipe.num_attention_heads
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
-        lock(file, wait=True)
+        progress.lock(file, wait=True)
         if not (folder / "config.json").is_file():          # else another process has made it
             torch.manual_seed(seed)
             llama = Llama(LlamaConfig(
@@ -160,30 +161,45 @@ def pretrain(llama: Llama, tokenizer: Tokenizer, train_set: Sequences, seed: int
              recipe: TinyBase, folder: Path) -> None:
     """Next-token training on titles, histories shuffled: linear warm-up, then linear decay.
 
-    A journal in the folder lets it go on after an interruption.
+    A checkpoint in the folder lets it continue after an interruption.
     """
-    wanted = max(recipe.epochs * len(train_set), recipe.least_steps * recipe.batch_size)
-    total = math.ceil(min(wanted, recipe.max_sequences) / recipe.batch_size)
+    sequences = max(recipe.epochs * len(train_set), recipe.least_steps * recipe.batch_size)
+    total = math.ceil(min(sequences, recipe.max_sequences) / recipe.batch_size)
+    warmup, device = min(recipe.warmup, max(1, total // 2)), llama.norm.weight.device
     optimizer = torch.optim.AdamW(llama.parameters(), lr=recipe.lr, betas=(0.9, 0.98),
                                   weight_decay=recipe.weight_decay, fused=True)
-    warmup = min(recipe.warmup, max(1, total // 2))
-    rng, device = np.random.default_rng([seed, 1]), llama.norm.weight.device
+    done = progress.load_checkpoint(folder, optimizer)
+    per_epoch = math.ceil(len(train_set) / recipe.batch_size)
     llama.train()
-    with Journal(folder, optimizer, rng, total, 0, tokenizer, "tiny base") as journal:
-        while journal.goes_on():
-            for batch in journal.epoch(partial(batches, tokenizer, train_set, recipe.batch_size,
-                                               rng, shuffle_histories=True)):
-                done, part = journal.step, supervise_titles(batch).to(device)
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr * min((done + 1) / warmup, 1.0,
-                                                  (total - done) / max(1, total - warmup))
-                hidden = llama(part.tokens, wanted=part.places)             # (B, A, C)
-                logits = llama.logits(hidden.flatten(0, 1)[part.supervised])
-                loss = F.cross_entropy(logits, part.targets)
+    with progress.open_log(folder, done) as log, progress.open_bar(done, total, "tiny base") as bar:
+        for epoch in range(done.step // per_epoch, math.ceil(total / per_epoch)):
+            steps = range(epoch * per_epoch + 1, total + 1)
+            for step, batch in zip(steps, batches(tokenizer, train_set, recipe.batch_size,
+                                                  [seed, 1, epoch], shuffle_histories=True)):
+                if step <= done.step:
+                    continue                                # it was made before an interruption
+                lr = recipe.lr * min(step / warmup, 1.0,
+                                     (total - step + 1) / max(1, total - warmup))
+                loss = title_loss(llama, supervise_titles(batch).to(device))
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
                 if not norm.isfinite():
-                    raise FloatingPointError(f"the gradient's norm is {norm}")
+                    raise ValueError(progress.not_finite(step, float(norm), batch, tokenizer))
+                optimizer.param_groups[0]["lr"] = lr
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                journal.note(group["lr"], (loss.detach(), loss.detach(), None))
+                optimizer.zero_grad()
+
+                done.step = step
+                if progress.log_step(log, bar, done, [loss.item()] * 2, 0.0, lr, device,
+                                     "tiny base | "):
+                    progress.save_checkpoint(folder, optimizer, done, log)
+
+
+def title_loss(llama: Llama, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy of the supervised tokens, without any temporal embedding."""
+    P, T = len(batch.prefix), batch.tokens.shape[1]
+    _, past = llama(llama.embed(batch.prefix[None]))
+    hidden, _ = llama(llama.embed(batch.tokens), token_positions(batch.padding, T, P),
+                      causal_mask(batch.padding, T, P), past)
+    supervised = batch.answers != IGNORE                                        # (B, T)
+    return F.cross_entropy(llama.logits(hidden[supervised]), batch.answers[supervised])

@@ -9,7 +9,6 @@ evaluate.GroundedBeams.
 Shapes: B prompts, W beams, T tokens, V vocabulary, N items of the catalogue.
 """
 
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import IGNORE, NO_ITEM, Tokenizer
-from evaluate import LENGTH, Lists, beam_search, prefill, prompts_by_length
+from data import IGNORE, NO_ITEM, Catalogue
+from evaluate import LENGTH, Lists, Model, Prompt, beam_search, prompts_by_length, read_prompts
 
 
 class Trie:
@@ -38,7 +37,8 @@ class Trie:
     not begin at a node that all of them share.
     """
 
-    def __init__(self, tokenizer: Tokenizer, titles: Sequence[str], domain: str = "movies"):
+    def __init__(self, catalogue: Catalogue):
+        titles, tokenizer, domain = catalogue.titles, catalogue.tokenizer, catalogue.domain
         prompt = tokenizer.examples([[]], [None], domain)[0].tokens
         answers = []
         for start in range(0, len(titles), 10_000):
@@ -78,7 +78,7 @@ class Trie:
         # Children of all nodes in one array: those of node n are kids[first[n]:first[n + 1]].
         self.kids = np.argsort(self.parent[1:], kind="stable") + 1  # by parent, then by token
         self.first = np.searchsorted(self.parent[self.kids], np.arange(len(token) + 1))
-        self.keys = (self.parent[self.kids] << 32) + self.token[self.kids]      # ascending
+        self.child = {(parent[node], token[node]): node for node in range(1, len(token))}
         self.longest = max(map(len, answers))
         self.items: dict[tuple[int, ...], list[int]] = {}           # answer -> items of that title
         for item, answer in enumerate(answers):
@@ -92,13 +92,15 @@ class Trie:
         within = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)
         return rows, self.kids[self.first[nodes][rows] + within]
 
-    def child(self, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """The child that each token leads to. Where there is none the answer is some other node,
-        which does no harm, because beams there are at -inf already."""
-        at = np.searchsorted(self.keys, (nodes << 32) + tokens)
-        return self.kids[at.clip(max=len(self.keys) - 1)]
+    def continuations(self, answer: Sequence[int], closed: set[int]) -> list[int]:
+        """The tokens that may follow the beginning of an answer without entering a closed node."""
+        node = 0
+        for t in answer:
+            node = self.child[node, t]
+        kids = self.kids[self.first[node]:self.first[node + 1]].tolist()
+        return [self.token[kid] for kid in kids if kid not in closed]
 
-    def closed(self, items: Sequence[int]) -> list[int]:
+    def closed(self, items: Sequence[int]) -> set[int]:
         """Nodes below which there is nothing but the given items, themselves included.
 
         A beam that entered one could only end in an item that shall not come out. The leaf of a
@@ -109,7 +111,7 @@ class Trie:
             while node > 0:
                 count[node] += 1
                 node = int(self.parent[node])
-        return [node for node, n in count.items() if n == self.below[node]]
+        return {node for node, n in count.items() if n == self.below[node]}
 
     def subtrees(self, size: int):
         """The nodes that have children, `size` at a time, after the path that leads to the first.
@@ -131,15 +133,15 @@ class Trie:
 
 
 @torch.inference_mode()
-def catalogue_log_likelihood(model, prompts, trie: Trie, nodes_at_once: int = 128) -> Tensor:
+def catalogue_log_likelihood(model: Model, prompts: Sequence[Prompt], trie: Trie,
+                             nodes_at_once: int = 128) -> Tensor:
     """log p(`"title"` EOS | prompt) of every item: exact all-ranking.  -> (B, N) float32
 
-    This is one pass over the trie's nodes behind each prompt's cache, in pieces of bounded memory.
-    A node sees the prompt and its ancestors only, so a beginning that many titles share is run once
+    This is one pass over the trie's nodes behind each prompt, in pieces of bounded memory. A node
+    looks at the prompt and its ancestors only, so a beginning that many titles share is run once
     for all of them.
     """
-    cache, logits = prefill(model, prompts)
-    cache.read_only = True
+    logits, past, seen = read_prompts(model, prompts)
     device, B = logits.device, len(prompts)
     log_p = torch.zeros(B, len(trie.token), device=device)          # of each node after its parent
 
@@ -153,10 +155,13 @@ def catalogue_log_likelihood(model, prompts, trie: Trie, nodes_at_once: int = 12
     # Logits take 16 MB on CPUs, which is about what their caches hold, and 1 GB elsewhere.
     step = max(1, (2**22 if device.type == "cpu" else 2**28) // logits.numel())
     for path, nodes, ancestor in trie.subtrees(nodes_at_once):
-        cache.tree = torch.from_numpy(ancestor).to(device)[None]
+        T = len(nodes)
         tokens = torch.from_numpy(trie.token[nodes]).to(device).expand(B, -1)
-        hidden = model(tokens, torch.full_like(tokens, NO_ITEM), cache=cache)
-        for start in range(path, len(nodes), step):
+        looks_at = torch.cat((seen[:, None].expand(-1, T, -1),
+                              torch.from_numpy(ancestor).to(device).expand(B, -1, -1)), dim=-1)
+        hidden, _ = model(tokens, torch.full_like(tokens, NO_ITEM), looks_at.sum(dim=-1) - 1,
+                          looks_at[:, None], past)                  # mask (B, 1, T, S + T)
+        for start in range(path, T, step):
             fill(nodes[start:start + step], model.logits(hidden[:, start:start + step]))
 
     # Sum down the tree, one level after another, so that a leaf holds the sum along its path.
@@ -167,65 +172,34 @@ def catalogue_log_likelihood(model, prompts, trie: Trie, nodes_at_once: int = 12
     return log_p[:, torch.from_numpy(trie.leaf).to(device)]
 
 
-class Walk:
-    """Where the beams of a search are on the trie. It bars tokens that lead off.
-
-    evaluate.beam_search asks it for the log-probabilities that are left, and tells it where each
-    beam went. exclude: for each prompt the items that shall not come out.
-    """
-
-    def __init__(self, trie: Trie, exclude: Sequence[Sequence[int]], beams: int):
-        self.trie = trie
-        self.closed = [trie.closed(items) for items in exclude]
-        self.nodes = np.zeros((len(exclude), beams), dtype=np.int64)
-
-    def restrict(self, log_p: Tensor, here: Sequence[int]) -> Tensor:
-        """log_p (B, W, V) of the prompts `here`, -inf where a token leads to no open node.
-
-        What is left is not renormalised: a beam's score stays the model's own log p of its title.
-        """
-        trie, W = self.trie, log_p.shape[1]
-        rows, kids = trie.children(self.nodes[here].flatten())
-        shut = [row * len(trie.token) + node for row, prompt in enumerate(here)
-                for node in self.closed[prompt]]
-        free = ~np.isin(rows // W * len(trie.token) + kids, shut)
-        rows, tokens = (torch.from_numpy(x[free]).to(log_p.device)
-                        for x in (rows, trie.token[kids]))
-        out = torch.full_like(log_p, -math.inf)
-        out[rows // W, rows % W, tokens] = log_p[rows // W, rows % W, tokens]
-        return out
-
-    def step(self, here: Sequence[int], parent: Tensor, token: Tensor) -> None:
-        """Each beam (B, W) of the prompts `here` goes on from a parent beam by a token."""
-        nodes = np.take_along_axis(self.nodes[here], parent.cpu().numpy(), 1)
-        self.nodes[here] = self.trie.child(nodes, token.cpu().numpy())
-
-
 class TitleBeams:
     """Ten beams on the catalogue's titles, ranked by log-probability. Called as GroundedBeams.
 
     There is no length penalty and no least length: a title's score is its log p, as in ExactTitles.
     """
 
-    def __init__(self, model, titles: Sequence[str], domain: str, exclude_history: bool = True,
+    def __init__(self, model: Model, catalogue: Catalogue, exclude_history: bool = True,
                  beams: int = LENGTH):
-        self.model, self.titles, self.domain = model, titles, domain
-        self.exclude_history, self.beams = exclude_history, beams
-        self.trie = Trie(model.tokenizer, titles, domain)
+        self.model, self.catalogue, self.exclude_history = model, catalogue, exclude_history
+        self.beams, self.trie = beams, Trie(catalogue)
 
     def __call__(self, histories: Sequence[Sequence[int]], ages=None,
                  progress: str = "beams on titles") -> Lists:
         """Item ids, oldest first, of each history -> ten items for each."""
-        out = Lists.empty(len(histories))
-        for chunk, prompts in prompts_by_length(self.model, self.titles, self.domain, histories,
-                                                ages, 64, progress):
-            gone = [set(histories[i]) if self.exclude_history else set() for i in chunk]
+        out, trie = Lists.empty(len(histories)), self.trie
+        for chunk, prompts in prompts_by_length(self.catalogue, histories, ages, 64, progress):
+            barred = [set(histories[i]) if self.exclude_history else set() for i in chunk]
+            closed = [trie.closed(items) for items in barred]
+
+            def allowed(b: int, answer: list[int], closed: list[set[int]] = closed) -> list[int]:
+                """Tokens on the way to a title that may still be recommended."""
+                return trie.continuations(answer, closed[b])
             answers, scores = beam_search(
-                self.model, prompts, self.beams, self.trie.longest, 0, 0.0,
-                self.model.tokenizer.eos_ids[:1], Walk(self.trie, gone, self.beams))
-            for i, beams, score, barred in zip(chunk, answers, scores.tolist(), gone):
+                self.model, prompts, self.beams, trie.longest, 0, 0.0,
+                self.catalogue.tokenizer.eos_ids[:1], allowed)
+            for i, beams, score, excluded in zip(chunk, answers, scores.tolist(), barred):
                 ten = [(item, s) for tokens, s in zip(beams, score)
-                       for item in self.trie.items[tuple(tokens)] if item not in barred][:LENGTH]
+                       for item in trie.items[tuple(tokens)] if item not in excluded][:LENGTH]
                 if ten:
                     out.items[i, :len(ten)], out.log_p[i, :len(ten)] = zip(*ten)
         return out
@@ -234,16 +208,15 @@ class TitleBeams:
 class ExactTitles:
     """The ten most likely of all titles, each scored, ties by item id. Called as GroundedBeams."""
 
-    def __init__(self, model, titles: Sequence[str], domain: str, exclude_history: bool = True):
-        self.model, self.titles, self.domain = model, titles, domain
-        self.exclude_history, self.trie = exclude_history, Trie(model.tokenizer, titles, domain)
+    def __init__(self, model: Model, catalogue: Catalogue, exclude_history: bool = True):
+        self.model, self.catalogue, self.exclude_history = model, catalogue, exclude_history
+        self.trie = Trie(catalogue)
 
     def __call__(self, histories: Sequence[Sequence[int]], ages=None,
                  progress: str = "all titles") -> Lists:
         """Item ids, oldest first, of each history -> ten items for each."""
         out = Lists.empty(len(histories))
-        for chunk, prompts in prompts_by_length(self.model, self.titles, self.domain, histories,
-                                                ages, 16, progress):
+        for chunk, prompts in prompts_by_length(self.catalogue, histories, ages, 16, progress):
             scores = catalogue_log_likelihood(self.model, prompts, self.trie).cpu().numpy()
             for i, score in zip(chunk, scores):
                 if self.exclude_history:

@@ -1,19 +1,18 @@
-"""Floors: what counting reaches without a model. A recommender below them has learned nothing.
+"""Counting baselines: what popularity and co-occurrence reach without a model.
 
-They stand in the result table of every run and of every baseline, which is made here.
+They stand in the result table of every run and of every baseline, which is made here. A recommender
+that is worse has learned nothing.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 
 from data import Sequences
-from evaluate import LENGTH, evaluate_order, list_values, summarise
+from evaluate import LENGTH, Recommender, evaluate_order, list_values, summarise
 from support.processes import shared_out
 from support.synthetic import SyntheticWorld, oracle_rows
 
 
-class CountingFloors:
+class CountingBaselines:
     """Popularity and item-to-item co-occurrence, counted on training sequences only.
 
     count(i, j) is how often item j was the answer to a history that holds item i. Most pairs never
@@ -35,16 +34,16 @@ class CountingFloors:
         self.similarity = counts / np.sqrt(leaving[source] * arriving[self.goal])
 
     def scores(self, histories, exclude_history: bool = True) -> dict[str, np.ndarray]:
-        """What each floor gives every item.  name -> (B, N)
+        """The scores of every item by each baseline.  name -> (B, N)
 
         Popularity is how often an item was the answer. Co-occurrence is the cosine
         count(i, j) / √(count(i, ·) count(·, j)), which keeps popular items from winning everywhere.
-        One floor takes it for the newest item i alone, the other sums it over the whole history.
-        Only the newest-item floor sees anything of order.
+        One baseline takes it for the newest item i alone and so sees something of the order; the
+        other sums it over the whole history.
         """
-        floors = {name: np.zeros((len(histories), len(self.popularity))) for name in
+        found = {name: np.zeros((len(histories), len(self.popularity))) for name in
                   ("popularity", "co-occurrence, newest item", "co-occurrence, whole history")}
-        popularity, newest, whole = floors.values()
+        popularity, newest, whole = found.values()
         popularity[:] = self.popularity
         for row, history in enumerate(histories):
             for item in history:
@@ -53,12 +52,12 @@ class CountingFloors:
             part = slice(self.start[history[-1]], self.start[history[-1] + 1])
             newest[row, self.goal[part]] = self.similarity[part]
             if exclude_history:
-                for scores in floors.values():
+                for scores in found.values():
                     scores[row, list(history)] = -np.inf
-        return floors
+        return found
 
     def lists(self, histories, exclude_history: bool = True) -> dict[str, np.ndarray]:
-        """Ten items of each floor for each history, ties by item id.  name -> (n, 10)"""
+        """Ten items by each baseline for each history, ties by item id.  name -> (n, 10)"""
         parts = []
         for start in range(0, len(histories), 1_000):           # which bounds the memory
             scores = self.scores(histories[start:start + 1_000], exclude_history)
@@ -67,26 +66,26 @@ class CountingFloors:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def result_table(recommenders: dict[str, Callable], train_set: Sequences, test_set: Sequences,
-                 world: SyntheticWorld | None, exclude_history: bool) -> tuple[dict, dict]:
+def result_table(recommenders: dict[str, Recommender], train_set: Sequences, test_set: Sequences,
+                 synthetic: SyntheticWorld | None, exclude_history: bool) -> tuple[dict, dict]:
     """The result table of a run, with a line on its protocol; and arrays by test sequence.
 
-    recommenders: see evaluate_order. Floors are added, and in a synthetic world, by whose law all
-    lists are valued then, its oracles.
+    Counting baselines are added. Where the data are synthetic, the true distribution of the next
+    item is known: all lists are then valued by it, and the best possible ones are added.
     """
     histories = [test_set.history(i) for i in range(len(test_set))]
-    law = None if world is None else world.law(
+    true_p = None if synthetic is None else synthetic.true_distribution(
         histories, [test_set.days(i) for i in range(len(test_set))])
     rows, arrays = evaluate_order({name: shared_out(recommend)
-                                   for name, recommend in recommenders.items()}, test_set, law)
-    floors = CountingFloors(train_set, len(test_set.titles))
-    rows |= {name: summarise(list_values(items, arrays["target"], law))
-             for name, items in floors.lists(histories, exclude_history).items()}
+                                   for name, recommend in recommenders.items()}, test_set, true_p)
+    counting = CountingBaselines(train_set, len(test_set.titles))
+    rows |= {name: summarise(list_values(items, arrays["target"], true_p))
+             for name, items in counting.lists(histories, exclude_history).items()}
     valued = ""
-    if world is not None:
-        rows |= oracle_rows(world, histories, law)
-        valued = ", lists valued by the law of the world"
+    if synthetic is not None and true_p is not None:
+        rows |= oracle_rows(synthetic, histories, true_p)
+        valued = ", scored by the true distribution"
     protocol = (f"{len(test_set):,} test sequences, {len(test_set.titles):,} candidates, history "
                 f"{'excluded' if exclude_history else 'kept'}{valued}")
     return ({"protocol": protocol, "rows": rows},
-            arrays | {"popularity": floors.popularity, "seen": train_set.seen()})
+            arrays | {"popularity": counting.popularity, "seen": train_set.seen()})
