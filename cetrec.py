@@ -18,7 +18,6 @@ if __name__ == "__main__":
     import support.start  # noqa: F401 (it must come before torch)
 
 import math
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,18 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (IGNORE, NO_ITEM, Batch, Catalogue, Sequences, Tokenizer, batches, collate,
-                  encode_sequences)
-from evaluate import GroundedBeams, Recommender, device_of, mean_and_error
+from data import IGNORE, NO_ITEM, Batch, Sequences, Tokenizer, batches, collate, encode_sequences
+from evaluate import Recommender, device_of, mean_and_error
 from llama import KeysValues, Llama, causal_mask, token_positions
 from lora import add_lora
 from support import processes, progress, runs
 from support.counting import result_table
 from support.memory import rows_that_fit
 from support.options import TEMPORAL, Options, read_flags
-from support.runs import RunInputs
 from support.terminal import exit_status
-from support.trie import ExactTitles, TitleBeams
+from support.trie import recommenders
 
 # ----------------------------------------------------------------------------------------------
 # §4.2 Temporal embeddings
@@ -238,11 +235,6 @@ class Tuning:
     micro_batch: int = 0        # rows at a time; 0: as many as fit
     recompute: bool = False     # are blocks recomputed? Then more rows fit
 
-    @property
-    def worlds(self) -> int:
-        """How many worlds a step runs: with λ = 0 the factual one only."""
-        return 1 if self.lambda_ct == 0 else 2
-
 
 def tuned_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The factors Φ (Eq. 2); baselines may add some. All else is frozen: see add_lora."""
@@ -283,7 +275,7 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, toke
     factors, device = tuned_parameters(model), device_of(model)
     optimizer = torch.optim.AdamW(factors, lr=tuning.lr, weight_decay=0.0)
     done = progress.load_checkpoint(folder, optimizer)
-    per_epoch = math.ceil(len(train_set) / tuning.batch_size)
+    per_epoch, worlds = math.ceil(len(train_set) / tuning.batch_size), 1 + (tuning.lambda_ct > 0)
     with progress.open_log(folder, done) as log, progress.open_bar(done, tuning.steps) as bar:
         for epoch in range(len(done.validation), math.ceil(tuning.steps / per_epoch)):
             if epoch and done.validation[-1] > min(done.validation):
@@ -301,8 +293,8 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, toke
                 # The losses are means over targets. A part of the batch counts by its share of the
                 # targets, so the gradients of the parts add up to that of the whole batch.
                 rows = tuning.micro_batch or rows_that_fit(
-                    model.llama.config, batch, device, tuning.worlds, tuning.recompute)
-                total = torch.zeros(tuning.worlds + 1, device=device)
+                    model.llama.config, batch, device, worlds, tuning.recompute)
+                total = torch.zeros(worlds + 1, device=device)     # L, L_TA and perhaps L_CT
                 for part, share in processes.my_parts(batch, rows):
                     losses = loss(model, part.to(device), tuning.lambda_ct)
                     (share * losses[0]).backward()
@@ -336,22 +328,31 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, toke
 # The command
 
 
-def recommenders(model: TemporalLlama, catalogue: Catalogue,
-                 options: Options) -> dict[str, Recommender]:
-    """What --lists names, by the names in the result table; the last one is the paper's."""
-    makers: dict[str, Recommender] = {}
-    if "exact" in options.lists:
-        makers["all titles scored"] = ExactTitles(model, catalogue, options.exclude_history)
-    if "titles" in options.lists:
-        makers["10 beams on titles"] = TitleBeams(model, catalogue, options.exclude_history)
-    if "beams" in options.lists:
-        makers[f"{options.beams} beams, grounded"] = GroundedBeams(model, catalogue,
-                                                                   options.decoding())
-    return makers
+def add_factors(model: TemporalLlama, options: Options) -> None:
+    """LoRA factors with the settings of a run, drawn from its seed (§3.1)."""
+    torch.manual_seed(options.seed)
+    add_lora(model.llama, options.lora_rank, options.lora_alpha, options.lora_dropout,
+             options.lora_targets)
 
 
-def tune_and_evaluate(inputs: RunInputs, model: TemporalLlama, lists: dict[str, Recommender],
-                      folder: Path, loss: Loss = cetrec_loss) -> None:
+def evaluate(inputs: runs.RunInputs, model: TemporalLlama,
+             lists: dict[str, Recommender]) -> tuple[dict, dict]:
+    """The result table with the effect of order, and arrays by test sequence."""
+    model.eval()
+    options, (train_set, _, test_set) = inputs.options, inputs.splits
+    test_set = test_set.sample(options.eval_sequences, options.seed)
+    results, arrays = result_table(lists, train_set, test_set, inputs.synthetic,
+                                   options.exclude_history)
+    if model.kind != "none":
+        log_p = answer_log_likelihood(model, inputs.tokenizer, processes.my_sequences(test_set))
+        arrays["answers"] = processes.together(log_p)
+        results["effect"] = mean_and_error(arrays["answers"][:, 0] - arrays["answers"][:, 1])
+    return results, arrays
+
+
+def tune_and_evaluate(inputs: runs.RunInputs, model: TemporalLlama,
+                      lists: dict[str, Recommender], folder: Path,
+                      loss: Loss = cetrec_loss) -> None:
     """Tune the factors, evaluate what they recommend, write and print it.
 
     A run folder with a checkpoint continues from there. Baselines have another loss.
@@ -370,29 +371,7 @@ def tune_and_evaluate(inputs: RunInputs, model: TemporalLlama, lists: dict[str, 
                   folder, inputs.record["settings"], loss)
     results, arrays = evaluate(inputs, model, lists)
     runs.finish(folder, inputs.record | {"tuning": found} | results, arrays, inputs.catalogue)
-    print(f"its tables and figures: python -m experiments.report {shlex.quote(str(folder))}")
-
-
-def evaluate(inputs: RunInputs, model: TemporalLlama,
-             lists: dict[str, Recommender]) -> tuple[dict, dict]:
-    """The result table with the effect of order, and arrays by test sequence."""
-    model.eval()
-    options, (train_set, _, test_set) = inputs.options, inputs.splits
-    test_set = test_set.sample(options.eval_sequences, options.seed)
-    results, arrays = result_table(lists, train_set, test_set, inputs.synthetic,
-                                   options.exclude_history)
-    if model.kind != "none":
-        log_p = answer_log_likelihood(model, inputs.tokenizer, processes.my_sequences(test_set))
-        arrays["answers"] = processes.together(log_p)
-        results["effect"] = mean_and_error(arrays["answers"][:, 0] - arrays["answers"][:, 1])
-    return results, arrays
-
-
-def add_factors(model: TemporalLlama, options: Options) -> None:
-    """LoRA factors with the settings of a run, drawn from its seed (§3.1)."""
-    torch.manual_seed(options.seed)
-    add_lora(model.llama, options.lora_rank, options.lora_alpha, options.lora_dropout,
-             options.lora_targets)
+    print(f"its tables and figures: python -m experiments.report {str(folder)!r}")
 
 
 def new_run(options: Options, out: Path) -> Path:
@@ -417,7 +396,7 @@ def resume(folder: Path, flags: dict) -> None:
         tune_and_evaluate(inputs, model, lists, folder)
 
 
-def open_tuned(folder: Path, flags: dict, command: str) -> tuple[RunInputs, TemporalLlama]:
+def open_tuned(folder: Path, flags: dict, command: str) -> tuple[runs.RunInputs, TemporalLlama]:
     """What a run worked on, and its tuned model, for the command that is named in messages."""
     inputs = runs.reopen(folder, flags, command)
     model = TemporalLlama(inputs.llama, inputs.options.temporal, inputs.options.sinpe_scale)
@@ -441,8 +420,6 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         """A new run, one that continues, or one that is evaluated again."""
-        if "resume" in flags and "eval_only" in flags:
-            raise ValueError("--resume and --eval-only: one at a time")
         if "resume" in flags:
             resume(Path(flags.pop("resume")), flags)
         elif "eval_only" in flags:

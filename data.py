@@ -8,7 +8,6 @@ Shapes: N items of the catalogue, B rows of a batch, P tokens of the common pref
 it, A tokens of the batch's longest answer.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -87,13 +86,6 @@ class Sequences:
     def titles_of(self, items: Iterable[int]) -> list[str]:
         """Titles of the given item ids."""
         return [self.titles[item] for item in items]
-
-    def seen(self) -> np.ndarray:
-        """Which items occur in any history or answer.  -> (N,) bool"""
-        seen = np.zeros(len(self.titles), dtype=bool)
-        for start, target in zip(self.starts, self.targets):
-            seen[self.items[start:target + 1]] = True
-        return seen
 
     def select(self, indices: np.ndarray | slice) -> "Sequences":
         """The given sequences, in the given order."""
@@ -291,17 +283,6 @@ class Catalogue:
         return self.tokenizer.examples([[self.titles[item] for item in history]
                                         for history in histories], [None] * len(histories),
                                        self.domain, ages)
-
-
-def show_prompt(tokenizer: Tokenizer, example: Example) -> str:
-    """The prompt as text, with each item as ⟨its tokens⟩[k = its index, tokens first..last]."""
-    text, first = "", 0
-    for k, group in itertools.groupby(example.item_pos):
-        last = first + len(list(group))
-        piece = tokenizer.bpe.decode(example.tokens[first:last], skip_special_tokens=False)
-        text += piece if k == NO_ITEM else f"⟨{piece}⟩[k={k:.3g}, tokens {first}..{last - 1}]"
-        first = last
-    return text
 
 
 def encode_sequences(tokenizer: Tokenizer, sequences: Sequences,

@@ -107,14 +107,15 @@ def beam_search(model: Model, prompts: Sequence[Prompt], beams: int = 5, max_new
         if all(done) or g == max_new_tokens:
             break
 
-        sums, parents, tokens = torch.tensor(alive, dtype=torch.float64).to(device).unbind(dim=-1)
-        parents = parents.long()[..., None].expand(-1, -1, looks_at.shape[-1])
+        sums, parents, tokens = (
+            torch.tensor([[beam[part] for beam in row] for row in alive], device=device)
+            for part in range(3))                                               # (B, W) each
+        parents = parents[..., None].expand(-1, -1, looks_at.shape[-1])
         itself = torch.eye(W, dtype=torch.bool, device=device).expand(B, W, W)
         looks_at = torch.cat((looks_at.gather(1, parents), itself), dim=-1)     # (B, W, S + g W)
         no_item = torch.full((B, W), NO_ITEM, device=device)
-        hidden, past = model(tokens.long(), no_item, looks_at.sum(dim=-1) - 1, looks_at[:, None],
-                             past)
-        log_p, sums = model.logits(hidden).log_softmax(dim=-1), sums.float()
+        hidden, past = model(tokens, no_item, looks_at.sum(dim=-1) - 1, looks_at[:, None], past)
+        log_p = model.logits(hidden).log_softmax(dim=-1)                        # (B, W, V)
     scores = [[score for score, _ in row] + [-math.inf] * (W - len(row)) for row in ended]
     return [[answer for _, answer in row] for row in ended], torch.tensor(scores)
 
@@ -157,17 +158,15 @@ def embed_titles(model: Model, titles: Sequence[str], tokenizer: Tokenizer,
     """
     encodings = tokenizer.bpe.encode_batch([clean(title) for title in titles])
     ids = [encoding.ids or [tokenizer.eos_ids[0]] for encoding in encodings]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    table: list[Tensor] = [torch.empty(0)] * len(ids)
+    order, parts = sorted(range(len(ids)), key=lambda i: len(ids[i])), []
     for chunk in (order[i:i + rows] for i in range(0, len(order), rows)):
         tokens = align_right([ids[i] for i in chunk], tokenizer.pad_id).to(device_of(model))
         padding = torch.tensor([tokens.shape[1] - len(ids[i]) for i in chunk], device=tokens.device)
         hidden, _ = model(tokens, torch.full_like(tokens, NO_ITEM),
                           token_positions(padding, tokens.shape[1]),
                           causal_mask(padding, tokens.shape[1]), last=1)
-        for i, vector in zip(chunk, hidden[:, 0].float()):
-            table[i] = vector
-    return torch.stack(table)
+        parts.append(hidden[:, 0].float())
+    return torch.cat(parts)[torch.tensor(order).argsort()]          # back in the given order
 
 
 def nearest(queries: Tensor, table: Tensor, length: int | None = None) -> Tensor:
@@ -179,23 +178,19 @@ def nearest(queries: Tensor, table: Tensor, length: int | None = None) -> Tensor
     parts = []
     for part in queries.float().split(max(1, 2**23 // len(table))):
         distances = torch.cdist(part, table.float(), compute_mode="donot_use_mm_for_euclid_dist")
-        # The bits of a float of at least 0 sort like the float itself; the number goes below them.
-        keys = (distances.view(torch.int32).long() << 32) + torch.arange(
-            len(table), device=distances.device)
-        parts.append(keys.topk(length or len(table), largest=False).values & 0xFFFFFFFF)
+        parts.append(distances.argsort(dim=1, stable=True)[:, :length])
     return torch.cat(parts)
 
 
 def ground(model: Model, texts: Sequence[str], catalogue: Catalogue,
-           table: Tensor | None = None, length: int | None = None) -> Tensor:
+           length: int | None = None) -> Tensor:
     """Rank the catalogue by its distance to each text, both embedded by the model as it is.
 
-    -> (len(texts), length or N) item ids, nearest first. table: the embeddings of the catalogue's
-    titles, if they have been computed before.
+    -> (len(texts), length or N) item ids, nearest first
     """
-    if table is None:
-        table = embed_titles(model, catalogue.titles, catalogue.tokenizer)
-    return nearest(embed_titles(model, texts, catalogue.tokenizer), table, length)
+    queries, table = (embed_titles(model, titles, catalogue.tokenizer)
+                      for titles in (texts, catalogue.titles))
+    return nearest(queries, table, length)
 
 
 def merge_lists(lists: Iterable[Sequence[int]], exclude: Iterable[int] = (),
@@ -273,8 +268,7 @@ class GroundedBeams:
     The catalogue is embedded at each call, by the model as it is then.
     """
 
-    def __init__(self, model: Model, catalogue: Catalogue,
-                 decoding: Decoding = Decoding()) -> None:
+    def __init__(self, model: Model, catalogue: Catalogue, decoding: Decoding = Decoding()):
         self.model, self.catalogue, self.decoding = model, catalogue, decoding
         answers = catalogue.tokenizer.bpe.encode_batch([f'"{t}"' for t in catalogue.titles],
                                                        add_special_tokens=False)
@@ -288,20 +282,21 @@ class GroundedBeams:
         """Item ids, oldest first, of each history -> ten items for each."""
         decoding, catalogue, model = self.decoding, self.catalogue, self.model
         embedder = without_factors(model) if decoding.ground_with == "base" else nullcontext()
-        beam_texts: list[list[str]] = [[] for _ in histories]
+        out, beam_texts = Lists.empty(len(histories), decoding.beams), {}
         for chunk, prompts in prompts_by_length(catalogue, histories, ages, 64, progress):
             answers, _ = beam_search(model, prompts, decoding.beams, self.longest, self.shortest,
                                      decoding.length_penalty, catalogue.tokenizer.eos_ids)
             for i, beams in zip(chunk, answers):
                 beam_texts[i] = [clean(catalogue.tokenizer.decode(answer)) for answer in beams]
 
-        distinct = sorted({text for texts in beam_texts for text in texts})
-        length = min(len(catalogue.titles), LENGTH + max(map(len, histories), default=0))
+        if not beam_texts:
+            return out
+        distinct = sorted({text for texts in beam_texts.values() for text in texts})
+        length = min(len(catalogue.titles), LENGTH + max(map(len, histories)))
         with embedder:
-            near = dict(zip(distinct, ground(model, distinct, catalogue, length=length).tolist()))
-        titles, out = {clean(title) for title in catalogue.titles}, Lists.empty(
-            len(histories), decoding.beams)
-        for i, texts in enumerate(beam_texts):
+            near = dict(zip(distinct, ground(model, distinct, catalogue, length).tolist()))
+        titles = {clean(title) for title in catalogue.titles}
+        for i, texts in beam_texts.items():
             used = texts if decoding.ground_list == "merged" else texts[:1]
             ten = merge_lists([near[text] for text in used],
                               histories[i] if decoding.exclude_history else ())
@@ -406,15 +401,3 @@ def evaluate_order(recommenders: dict[str, Recommender], test_set: Sequences,
                 rows[f"{name} | change, {order}"] = relative_change(
                     arrays[f"values/{name}/original"], values)
     return rows, arrays
-
-
-def format_table(rows: dict[str, Scores]) -> str:
-    """Name, then every metric as mean ± standard error. A name `a | b` is shown below a, as b."""
-    names = {row: "  " + row.partition(" | ")[2] if " | " in row else row for row in rows}
-    width = max(map(len, names.values()))
-    lines = [" " * width + "".join(f"{metric:>17}" for metric in METRICS)]
-    for row, values in rows.items():
-        form = "{:+.1f} ± {:.1f} %" if "change" in row.partition(" | ")[2] else "{:.4f} ± {:.4f}"
-        cells = [form.format(*values[metric]) for metric in METRICS]
-        lines.append(f"{names[row]:<{width}}" + "".join(f"{cell:>17}" for cell in cells))
-    return "\n".join(lines)

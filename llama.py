@@ -177,7 +177,8 @@ class Attention(nn.Module):
         if past is not None:                                                    # -> (B, G, S, D)
             k, v = (torch.cat((old.expand(len(x), -1, -1, -1), new), dim=2)
                     for old, new in zip(past, (k, v)))
-        x, cos, sin, mask = x[:, -last:], cos[:, :, -last:], sin[:, :, -last:], mask[:, :, -last:]
+        x, mask = x[:, -last:], mask[:, :, -last:]          # -0: keeps all columns
+        cos, sin = cos[..., -last:, :], sin[..., -last:, :]
         q = rotate(self.heads(self.q_proj(x)), cos, sin)                        # (B, H, last, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
@@ -235,7 +236,7 @@ class Block(nn.Module):
                 last: int) -> tuple[Tensor, KeysValues]:
         """x (B, T, C) -> (B, T or last, C), and the keys and values of all S tokens."""
         y, present = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, last)
-        x = x[:, -last:] + y            # x[:, -0:] is all of x
+        x = x[:, -last:] + y
         return x + self.mlp(self.post_attention_layernorm(x)), present
 
 
@@ -286,7 +287,7 @@ class Llama(nn.Module):
         positions = token_positions(no_padding, T, P) if positions is None else positions
         mask = causal_mask(no_padding, T, P) if mask is None else mask
         angles = positions[..., None].float() * inverse_frequencies(self.config, x.device)
-        angles = angles.view(-1, 1, T, angles.shape[-1])    # (B or 1, 1, T, D/2), as for each head
+        angles = angles.unflatten(-2, (1, T))               # (B, 1, T, D/2), for all heads
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
         present = []

@@ -11,8 +11,8 @@ these need gradients and optimizer states.
 This file adds the factors to any module, and reads and writes them in the files of the peft library
 (adapter_config.json, adapter_model.safetensors). It needs torch only.
 
-Left out: DoRA, biases, modules saved whole, ranks that differ by layer. Files that have them are
-refused by name.
+Left out: DoRA, rank-stabilised scaling, biases, modules saved whole, ranks that differ by layer.
+Files that have them are refused by name.
 
 Shapes: R rank; A (R, in), B (out, R).
 """
@@ -20,6 +20,7 @@ Shapes: R rank; A (R, in), B (out, R).
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,12 +33,12 @@ from torch import Tensor, nn
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# What an adapter_config.json may say without changing y: how the adapter was made, or a part of a
-# feature that is off. Whatever else is set there, and is not read below, is refused.
-HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-            "inference_mode", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
-READ_BELOW = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora",
-              "bias", "init_lora_weights"}
+# Keys of an adapter_config.json that do not affect the output. Whatever else is set there, and is
+# not read below, is refused.
+NO_EFFECT = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+             "inference_mode", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
+READ_BELOW = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias",
+              "init_lora_weights"}
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,23 @@ class LoraConfig:
     alpha: float = 16.0
     dropout: float = 0.05
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    rslora: bool = False        # rank-stabilised: the product counts α/√R instead of α/R
 
-    def __post_init__(self):
-        if type(self.rank) is not int or not 0 < self.rank <= 10**5:
-            raise ValueError(f"LoRA rank is {self.rank!r}; wanted a positive integer")
-        if type(self.alpha) not in (int, float) or not 0 < self.alpha < 1e18:
-            raise ValueError(f"LoRA alpha is {self.alpha!r}; wanted a positive number")
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA dropout is {self.dropout!r}; wanted a number in [0, 1)")
-        if type(self.rslora) is not bool:
-            raise ValueError(f"use_rslora is {self.rslora!r}; wanted true or false")
-        unknown = sorted(set(self.targets) - set(ALL_LINEAR))
-        if unknown or not self.targets:
-            raise ValueError(f"LoRA targets {', '.join(unknown) or 'empty'}: "
-                             f"wanted names among {', '.join(ALL_LINEAR)}")
+    def __post_init__(self) -> None:
+        number, targets = (int, float), set(self.targets)
+        for name, sound, expected in (
+                ("rank", type(self.rank) is int and 0 < self.rank <= 10**5, "a positive integer"),
+                ("alpha", type(self.alpha) in number and 0 < self.alpha < 1e18,
+                 "a positive number"),
+                ("dropout", type(self.dropout) in number and 0 <= self.dropout < 1,
+                 "a number in [0, 1)"),
+                ("targets", targets and targets <= set(ALL_LINEAR), f"some of {ALL_LINEAR}")):
+            if not sound:
+                raise ValueError(f"LoRA {name} is {getattr(self, name)!r}; wanted {expected}")
 
     @property
     def scale(self) -> float:
-        """What the product B A is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """The factor α/R of the product B A."""
+        return self.alpha / self.rank
 
 
 class LoraLinear(nn.Linear):
@@ -92,18 +90,19 @@ class LoraLinear(nn.Linear):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.train(linear.training)     # a new module is in training mode; the wrapped may not be
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """y = W x + (α/R) B A dropout(x).  (.., in) -> (.., out)
 
         Factors are kept in float32, because steps of AdamW are smaller than what bfloat16 can add;
         they multiply in x's precision. Dropout acts on their input and in training only. The
         product is added to y in place, because by itself it would be as large as y.
         """
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(input, self.weight, self.bias)
         if self.active:
-            low = F.linear(F.dropout(x, self.config.dropout, self.training), self.A.to(x.dtype))
-            y.view(-1, self.out_features).addmm_(
-                low.reshape(-1, self.config.rank), self.B.t().to(x.dtype), alpha=self.config.scale)
+            x = F.dropout(input, self.config.dropout, self.training)
+            low = F.linear(x, self.A.to(x.dtype)).reshape(-1, self.config.rank)
+            y.view(-1, self.out_features).addmm_(low, self.B.t().to(x.dtype),
+                                                 alpha=self.config.scale)
         return y
 
 
@@ -117,14 +116,14 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.05,
-             targets=("q_proj", "v_proj"), rslora: bool = False) -> list[nn.Parameter]:
+             targets: Sequence[str] = ("q_proj", "v_proj")) -> list[nn.Parameter]:
     """Eq. 2: freeze the model (Θ), wrap the linear maps named in targets, return the factors (Φ).
 
     Everything is frozen first, so that what is not wrapped has no gradient either: norms,
     embeddings, the output map. Raises ValueError for a second call, a bad setting, or a target that
     the model does not have.
     """
-    config = LoraConfig(rank, alpha, dropout, tuple(targets), rslora)
+    config = LoraConfig(rank, alpha, dropout, tuple(targets))
     if _adapted(model):
         raise ValueError("this model has LoRA factors already; merge_lora(model) first")
     for p in model.parameters():
@@ -140,7 +139,7 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float 
 
 
 @contextmanager
-def without_factors(model: nn.Module):
+def without_factors(model: nn.Module) -> Iterator[nn.Module]:
     """In this context the model computes what its base does; the factors stay, and come back.
 
     Grounding with the base's weights, as BIGRec does it, uses this (D11).
@@ -184,10 +183,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
             getattr(m, factor).data for name, m in _adapted(model).items() for factor in "AB"}
 
 
-def save_lora(model: nn.Module, folder: str | Path, base: str | None = None) -> None:
+def save_lora(model: nn.Module, folder: str | Path, base_model: str | None = None) -> None:
     """Write adapter_model.safetensors and adapter_config.json; each file appears whole.
 
-    base: the folder or the Hub name of the base, which peft reads as `base_model_name_or_path`.
+    base_model: its folder or Hub name, which peft reads as `base_model_name_or_path`.
     """
     folder, tensors = Path(folder), _tensors(model)
     if not tensors:
@@ -195,77 +194,69 @@ def save_lora(model: nn.Module, folder: str | Path, base: str | None = None) -> 
     config = next(iter(_adapted(model).values())).config
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.rank,
                 "lora_alpha": config.alpha, "lora_dropout": config.dropout,
-                "use_rslora": config.rslora, "target_modules": list(config.targets),
-                "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-                "base_model_name_or_path": base}
+                "target_modules": list(config.targets), "bias": "none", "fan_in_fan_out": False,
+                "inference_mode": True,
+                "base_model_name_or_path": base_model}
+    content = save({name: t.contiguous().cpu() for name, t in tensors.items()}, {"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_model.safetensors.part").write_bytes(
-        save({name: t.contiguous().cpu() for name, t in tensors.items()}, {"format": "pt"}))
-    os.replace(folder / "adapter_model.safetensors.part", folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json.part").write_text(json.dumps(settings, indent=2) + "\n",
-                                                     encoding="utf-8")
-    os.replace(folder / "adapter_config.json.part", folder / "adapter_config.json")
+    for name, data in (("adapter_model.safetensors", content),
+                       ("adapter_config.json", json.dumps(settings, indent=2).encode() + b"\n")):
+        (folder / f"{name}.part").write_bytes(data)
+        os.replace(folder / f"{name}.part", folder / name)
 
 
 def _read_config(path: Path) -> LoraConfig:
     """Settings of an adapter_config.json. ValueError for whatever would compute something else."""
     settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type is {settings.get('peft_type')!r}; wanted 'LORA'")
     for key, value in settings.items():
-        if value and key not in HARMLESS | READ_BELOW:
-            raise ValueError(f"{key} is set; not implemented")
-    if settings.get("bias", "none") != "none":
-        raise ValueError(f"bias is {settings['bias']!r}; only 'none' is implemented")
-    how = settings.get("init_lora_weights", True)
-    if how not in (True, False, "gaussian", "orthogonal"):
-        raise ValueError(f"init_lora_weights is {how!r}; adapters that start from the base weights "
-                         "may change them too, which is not implemented")
+        if value and key not in NO_EFFECT | READ_BELOW:
+            raise ValueError(f"{key} is set, which is not implemented")
+    # Adapters that start from the base weights, as "pissa" does, may change these weights too.
+    for key, value, implemented in (
+            ("peft_type", settings.get("peft_type"), ["LORA"]),
+            ("bias", settings.get("bias", "none"), ["none"]),
+            ("init_lora_weights", settings.get("init_lora_weights", True),
+             [True, False, "gaussian", "orthogonal"])):
+        if value not in implemented:
+            raise ValueError(f"{key} is {value!r}, which is not implemented; wanted "
+                             f"{' or '.join(map(repr, implemented))}")
     targets = settings["target_modules"]
     if targets == "all-linear":
         targets = ALL_LINEAR
     if not isinstance(targets, list | tuple):
         raise ValueError(f"target_modules is {targets!r}; wanted a list of names or 'all-linear'")
-    # peft may write full names; whether one of them was left out shows in the tensors' names
-    short = tuple(dict.fromkeys(str(name).rpartition(".")[2] for name in targets))
+    # peft may write full names; whether one of them was left out shows in the tensors' names.
+    names = tuple(dict.fromkeys(str(name).rpartition(".")[2] for name in targets))
     return LoraConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout", 0.0),
-                      short, settings.get("use_rslora", False))
+                      names)
 
 
 def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
     """Add factors with the settings of the folder and read them strictly. Returns the factors.
 
-    peft does not know temporal embeddings: an adapter of ours that is loaded there runs without
-    them, and one of peft's that is loaded here has none. Raises FileNotFoundError or ValueError,
-    which name the file, and leaves the model as it was.
+    peft silently drops the temporal embedding: an adapter of ours that is loaded there runs without
+    it. Raises FileNotFoundError or ValueError, which name the file, and leaves the model as it was.
     """
     path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
-    for file in (path, weights):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: not found. An adapter is adapter_config.json and "
-                                    "adapter_model.safetensors")
     try:
         config = _read_config(path)
-    except KeyError as error:
-        raise ValueError(f"{path}: {error} is missing") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        fault = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: {fault}") from None
     try:
         stored = load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{weights}: damaged or truncated ({error})") from None
     factors = add_lora(model, **asdict(config))
-    wanted, fault = _tensors(model), None
-    wrong = sorted(name for name in wanted.keys() | stored.keys() if name not in wanted or
-                   name not in stored or wanted[name].shape != stored[name].shape)
+    tensors = _tensors(model)
+    wrong = sorted(name for name in tensors.keys() | stored.keys() if name not in tensors or
+                   name not in stored or tensors[name].shape != stored[name].shape
+                   or not stored[name].isfinite().all())
     if wrong:
-        fault = (f"{len(wrong)} tensors missing, unexpected or of another shape, e.g. "
-                 f"{', '.join(wrong[:3])}. Is it an adapter of this base?")
-    elif bad := [name for name in wanted if not stored[name].isfinite().all()]:
-        fault = f"{bad[0]} holds values that are not finite"
-    if fault:
         _unwrap(model, lambda m: m.weight)
-        raise ValueError(f"{weights}: {fault}")
-    for name, tensor in wanted.items():
+        raise ValueError(f"{weights}: {len(wrong)} tensors missing, unexpected, of another shape "
+                         f"or not finite, e.g. {', '.join(wrong[:3])}. Is it an adapter of this "
+                         "base model?")
+    for name, tensor in tensors.items():
         tensor.copy_(stored[name])
     return factors

@@ -25,25 +25,28 @@ import tempfile
 import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import cetrec
-from cetrec import (TemporalLlama, erase_order, learning_rate, rotary, tiny_base, tuning_step,
-                    world_logits)
-from data import (IGNORE, NO_ITEM, Batch, Example, batches, collate, make_sequences,
+import data
+from cetrec import TemporalLlama, cetrec_loss, erase_order, open_tuned, rotary, tuned_parameters
+from data import (IGNORE, NO_ITEM, Batch, Catalogue, Example, batches, collate, make_sequences,
                   split_by_time)
 from evaluate import GroundedBeams, beam_search, nearest
-from llama import Block, KVCache, Llama, LlamaConfig, load_llama, save_llama
-from lora import ALL_LINEAR, LoraLinear, add_lora, lora_parameters
-from support.checkpoints import read_tokenizer
+from llama import Llama, LlamaConfig, causal_mask, save_llama, token_positions
+from lora import LoraLinear, add_lora
 from support.datasets import load_interactions, prepare
 from support.files import write_json
-from support.runs import open_data, peak_memory, read_run, rows_that_fit
+from support.memory import peak_memory, rows_that_fit
+from support.processes import my_parts
+from support.runs import wrap_blocks
 from support.synthetic import GENRES, SyntheticWorld
 from support.terminal import Parser, exit_status
 from support.tiny import TINY_BASES, tiny_tokenizer, tokenizer_for
@@ -72,16 +75,16 @@ def examples(config: LlamaConfig, n: int, items: int = 10, seed: int = 0) -> lis
 
     def words(low: int, high: int) -> list[int]:
         return [rng.randrange(10, config.vocab_size) for _ in range(rng.randint(low, high))]
-    begin, end, made = words(TEMPLATE, TEMPLATE), words(25, 25), []
+    begin, end, rows = words(TEMPLATE, TEMPLATE), words(25, 25), []
     for _ in range(n):
         tokens, item_pos = list(begin), [NO_ITEM] * TEMPLATE
         for k in range(items - 1, -1, -1):
             title = words(7, 13)
             tokens, item_pos = tokens + title + [5], item_pos + [k] * len(title) + [NO_ITEM]
         answer = words(6, 12)
-        made.append(Example(tokens + end + answer, item_pos + [NO_ITEM] * len(end + answer),
+        rows.append(Example(tokens + end + answer, item_pos + [NO_ITEM] * len(end + answer),
                             [IGNORE] * len(tokens + end) + answer))
-    return made
+    return rows
 
 
 def random_llama(config: LlamaConfig, device: str, dtype: torch.dtype) -> Llama:
@@ -99,71 +102,86 @@ def random_llama(config: LlamaConfig, device: str, dtype: torch.dtype) -> Llama:
 
 
 def ours_tuning(config, batch_size, device, dtype, without="", lambda_ct=0.1, items=10,
-                drawn=1, rows=0, compile_blocks=False) -> Callable:
-    """One tuning step of ours, or more if more are drawn. without: the idea that is left out; rows:
-    worked on at a time, 0 as the command chooses. Returns the loss before the last step.
+                batches_a_round=1, rows=0, compile_blocks=False) -> Callable:
+    """One tuning step of ours, or one for each batch of a round. Returns the last step's loss.
+
+    without: the idea that is left out. rows: worked on at a time, 0 as the command chooses.
     """
     leave_out(without)
-    model = TemporalLlama(random_llama(config, device, dtype), "rope").train()
-    add_lora(model)
-    if compile_blocks:
-        model.llama.run_block = torch.compile(Block.__call__, dynamic=True)
-    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-4)
-    made = examples(config, drawn * batch_size, items)
+    llama = random_llama(config, device, dtype)
+    wrap_blocks(llama, SimpleNamespace(recompute=False, compile=compile_blocks))
+    model = TemporalLlama(llama, "rope").train()
+    optimizer = torch.optim.AdamW(add_lora(model), lr=1e-4)
+    drawn = examples(config, batches_a_round * batch_size, items)
     if without != "rows of similar length together":
-        made.sort(key=lambda example: len(example.tokens))
-    chunks = [collate(made[i:i + batch_size]).to(device) for i in range(0, len(made), batch_size)]
+        drawn.sort(key=lambda example: len(example.tokens))
+    chunks = [collate(drawn[i:i + batch_size]).to(device) for i in range(0, len(drawn), batch_size)]
 
-    def step() -> float:
+    def work() -> float:
         for batch in chunks:
             fit = batch_size if without in ("few rows at a time", "all of them") else (
                 rows or rows_that_fit(config, batch, torch.device(device)))
-            loss = tuning_step(model, batch, optimizer, 1e-4, lambda_ct, fit)[0]
-        return loss.item()
-    return step
+            loss = tuning_step(model, batch, optimizer, lambda_ct, fit)
+        return float(loss)
+    return work
 
 
-IDEAS = ("logits at targets only", "last block at targets only", "common prefix once",
+def tuning_step(model: TemporalLlama, batch: Batch, optimizer: torch.optim.Optimizer,
+                lambda_ct: float, rows: int) -> torch.Tensor:
+    """What cetrec.train does with a batch, so many rows at a time.  -> (), the loss before it"""
+    total = torch.zeros((), device=batch.tokens.device)
+    for part, share in my_parts(batch, rows):
+        loss = share * cetrec_loss(model, part, lambda_ct)[0]
+        loss.backward()
+        total += loss.detach()
+    torch.nn.utils.clip_grad_norm_(tuned_parameters(model), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+IDEAS = ("logits at answers only", "last block at answers only", "common prefix once",
          "both worlds in one pass", "LoRA added in place", "few rows at a time",
          "rows of similar length together")
 
 
 def leave_out(idea: str) -> None:
-    """Put the straightforward path in the place of one idea, or of all, in this process."""
-    everything = idea == "all of them"
-    if everything or idea == "LoRA added in place":
-        def apart(m, x):
-            low = F.linear(F.dropout(x, m.config.dropout, m.training), m.A.to(x.dtype))
-            return F.linear(x, m.weight) + m.config.scale * F.linear(low, m.B.to(x.dtype))
-        LoraLinear.forward = apart
-    fast = world_logits
+    """Put the straightforward way in the place of one idea, or of all, in this process.
 
-    def slow(model, batch: Batch, *worlds):
-        """world_logits without the idea."""
-        if everything or idea == "both worlds in one pass":
-            passes = [(world,) for world in worlds]
-        else:
-            passes = [worlds]
-        if everything or idea == "common prefix once":
-            batch = replace(batch, prefix=0)
-        if not everything and idea not in ("logits at targets only", "last block at targets only"):
-            return tuple(logits for part in passes for logits in fast(model, batch, *part))
-        done = []
-        for part in passes:         # hidden states everywhere, behind a prefix or not
-            cache = KVCache()
-            if batch.prefix:
-                model(batch.tokens[:1, :batch.prefix], part[0][:1, :batch.prefix], cache=cache)
-            cache.read_only = True
-            tokens = batch.tokens[:, batch.prefix:].repeat(len(part), 1)
-            hidden = model(tokens, torch.cat(part)[:, batch.prefix:], cache=cache)
-            here = (batch.labels[:, batch.prefix:] != IGNORE).repeat(len(part), 1)
-            if idea == "last block at targets only":
-                done += model.logits(hidden[here]).chunk(len(part))
-            else:
-                done += model.logits(hidden)[here].chunk(len(part))
-        return tuple(done)
-    if everything or idea in IDEAS[:4]:
-        cetrec.world_logits = slow
+    The last two of IDEAS are left out by ours_tuning itself.
+    """
+    def absent(name: str) -> bool:
+        return idea in (name, "all of them")
+    if absent("logits at answers only"):
+        cetrec.answer_logits = partial(logits_of_all_columns, everywhere=True)
+    elif absent("last block at answers only"):
+        cetrec.answer_logits = logits_of_all_columns
+    if absent("common prefix once"):
+        data.common_prefix = lambda examples: 0
+    if absent("both worlds in one pass"):
+        cetrec.twin_forward = lambda model, batch: tuple(
+            cetrec.answer_logits(model, batch, item_pos)
+            for item_pos in (batch.item_pos, erase_order(batch.item_pos)))
+    if absent("LoRA added in place"):
+        LoraLinear.forward = lora_added_apart
+
+
+def logits_of_all_columns(model, batch: Batch, item_pos, everywhere: bool = False) -> torch.Tensor:
+    """cetrec.answer_logits with hidden states of all columns, and perhaps with their logits."""
+    worlds, P = len(item_pos) // len(batch.tokens), len(batch.prefix)
+    T, A = batch.tokens.shape[1], batch.answers.shape[1]
+    _, past = model(batch.prefix[None], torch.full_like(batch.prefix[None], NO_ITEM))
+    padding = batch.padding.repeat(worlds)
+    hidden, _ = model(batch.tokens.repeat(worlds, 1), item_pos, token_positions(padding, T, P),
+                      causal_mask(padding, T, P), past)
+    answered = F.pad(batch.answers != IGNORE, (T - A, 0)).repeat(worlds, 1)         # (n B, T)
+    return model.logits(hidden)[answered] if everywhere else model.logits(hidden[answered])
+
+
+def lora_added_apart(linear: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+    """LoraLinear.forward with the product as a tensor of its own."""
+    low = F.linear(F.dropout(x, linear.config.dropout, linear.training), linear.A.to(x.dtype))
+    return F.linear(x, linear.weight) + linear.config.scale * F.linear(low, linear.B.to(x.dtype))
 
 
 def theirs_tuning(config, batch_size, device, dtype) -> Callable:
@@ -171,15 +189,15 @@ def theirs_tuning(config, batch_size, device, dtype) -> Callable:
     padded on the left.
     """
     import peft
-    made = examples(config, batch_size)
+    drawn = examples(config, batch_size)
     model = peft.get_peft_model(published(config, device, dtype), peft.LoraConfig(
         r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"],
         task_type="CAUSAL_LM")).train()
     factors = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(factors, lr=1e-4)
-    T = max(len(e.tokens) for e in made)
+    T = max(len(e.tokens) for e in drawn)
     tokens, mask, labels, item_pos = (torch.tensor(
-        [[fill] * (T - len(e.tokens)) + list(part(e)) for e in made], device=device)
+        [[fill] * (T - len(e.tokens)) + list(part(e)) for e in drawn], device=device)
         for fill, part in ((0, lambda e: e.tokens), (0, lambda e: [1] * len(e.tokens)),
                            (IGNORE, lambda e: e.labels), (NO_ITEM, lambda e: e.item_pos)))
     embed, targets = model.get_input_embeddings(), labels[:, 1:].flatten()
@@ -214,11 +232,10 @@ def published(config, device, dtype):
 def ours_generation(config, prompts, new, device, dtype) -> Callable:
     """Five beams for every prompt. -> sequences"""
     model = TemporalLlama(random_llama(config, device, dtype), "none").eval()
-    made = [prompt(e) for e in examples(config, prompts)]
+    drawn = [(tokens, [NO_ITEM] * len(tokens)) for tokens in map(prompt, examples(config, prompts))]
 
     def generate() -> list:
-        return beam_search(model, [(tokens, [NO_ITEM] * len(tokens)) for tokens in made], 5, new,
-                           length_penalty=1.0, eos_ids=[7])[0]
+        return beam_search(model, drawn, 5, new, length_penalty=1.0, eos_ids=[7])[0]
     return generate
 
 
@@ -230,10 +247,10 @@ def prompt(example: Example) -> list[int]:
 def theirs_generation(config, prompts, new, device, dtype) -> Callable:
     """The same by `generate`, rows padded on the left."""
     model = published(config, device, dtype).eval()
-    made = [prompt(e) for e in examples(config, prompts)]
-    T = max(map(len, made))
-    tokens = torch.tensor([[0] * (T - len(p)) + p for p in made], device=device)
-    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in made], device=device)
+    drawn = [prompt(e) for e in examples(config, prompts)]
+    T = max(map(len, drawn))
+    tokens = torch.tensor([[0] * (T - len(p)) + p for p in drawn], device=device)
+    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in drawn], device=device)
 
     def generate() -> list:
         out = model.generate(tokens, attention_mask=mask, num_beams=5, num_return_sequences=5,
@@ -256,15 +273,19 @@ def made_up_titles(n: int) -> list[str]:
 
 
 def all_titles(titles: int, users: int, apart: bool) -> Callable:
-    """log p of every title for some users, on the tiny shape: by one trie, or each title apart in
-    rows of prompt and title, 32 at a time. -> (users, titles)
+    """log p of every title for some users, on the tiny shape. -> (users, titles)
+
+    All are scored by one trie; or each apart, in a row of prompt and title without any idea of
+    IDEAS, 32 rows at a time.
     """
     names = made_up_titles(titles)
     tokenizer = tiny_tokenizer(names, np.zeros(titles), "movies", 4_096)
     config = shape("tiny", tokenizer.bpe.get_vocab_size())
-    model = TemporalLlama(random_llama(config, "cpu", torch.float32), "rope", tokenizer=tokenizer)
+    model = TemporalLlama(random_llama(config, "cpu", torch.float32), "rope")
     prompts = [(prompt(e), e.item_pos[:len(prompt(e))]) for e in examples(config, users)]
-    trie = Trie(tokenizer, names)
+    trie = Trie(Catalogue(names, "movies", tokenizer))
+    if apart:
+        leave_out("all of them")
 
     @torch.inference_mode()
     def rows() -> list:
@@ -276,10 +297,12 @@ def all_titles(titles: int, users: int, apart: bool) -> Callable:
                 part = answers[start:start + 32]
                 batch = collate([Example(tokens + list(a), item_pos + [NO_ITEM] * len(a),
                                          [IGNORE] * len(tokens) + list(a)) for a, _ in part])
-                hidden = model(batch.tokens, batch.item_pos)
-                log_p = -F.cross_entropy(model.logits(hidden).transpose(1, 2), batch.labels,
-                                         reduction="none").sum(dim=1)
-                for value, (_, items) in zip(log_p, part):
+                answered = batch.answers != IGNORE
+                log_p = torch.zeros(answered.shape)
+                log_p[answered] = -F.cross_entropy(
+                    cetrec.answer_logits(model, batch, batch.item_pos), batch.answers[answered],
+                    reduction="none")
+                for value, (_, items) in zip(log_p.sum(dim=1), part):
                     scores[user, items] = value
         return scores.tolist()
     return rows if apart else lambda: catalogue_log_likelihood(model, prompts, trie).tolist()
@@ -306,20 +329,28 @@ def matrix_product(device, dtype, n=4_096) -> Callable:
 
 
 def flop_count(config: LlamaConfig, batch: Batch) -> float:
-    """FLOP of one twin tuning step as it runs: 4 for each frozen weight that a token passes (2
-    forward, 2 for the gradient of its input), attention and logits likewise; the prefix once, the
-    last block's queries, outputs and MLP at targets only. LoRA's own are left out: under 2 %.
+    """FLOP of one twin tuning step as it runs.
+
+    They are 4 for each frozen weight that a token passes (2 forward, 2 for the gradient of its
+    input), and likewise for attention and logits. The prefix counts once, and the last block's
+    queries, outputs and MLP in the columns of the answers only. LoRA's own are left out; they are
+    under 2 %.
     """
     C, D, L = config.hidden_size, config.head_dim, config.num_hidden_layers
     H, G = config.num_attention_heads, config.num_key_value_heads
-    B, T, prefix, A = *batch.tokens.shape, batch.prefix, batch.places.shape[1]
+    (B, T), P, A = batch.tokens.shape, len(batch.prefix), batch.answers.shape[1]
     keys = 2 * C * G * D
     rest = 2 * C * H * D + 3 * C * config.intermediate_size
-    tokens, wanted = 2 * B * (T - prefix) + prefix, 2 * B * A + prefix
-    weights = L * tokens * keys + ((L - 1) * tokens + wanted) * rest
-    seen = 2 * B * (T - prefix) * (T + prefix) / 2          # pairs of query and key, causal
-    attention = 2 * H * D * ((L - 1) * seen + 2 * B * A * T)
-    return 4 * weights + 4 * attention + 4 * 2 * len(batch.targets) * C * config.vocab_size
+    tokens, tokens_of_last_block = 2 * B * T + P, 2 * B * A + P
+    weights = L * tokens * keys + ((L - 1) * tokens + tokens_of_last_block) * rest
+    seen = 2 * B * T * (P + T / 2)                          # pairs of query and key, causal
+    attention = 2 * H * D * ((L - 1) * seen + 2 * B * A * (P + T))
+    return 4 * (weights + attention + 2 * answer_tokens(batch) * C * config.vocab_size)
+
+
+def answer_tokens(batch: Batch) -> int:
+    """How many tokens are supervised."""
+    return int((batch.answers != IGNORE).sum())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -435,29 +466,8 @@ def tokenisation() -> str:
     tokenizer = tokenizer_for(train_set, TINY_BASES["synthetic"].pieces)
     started = time.perf_counter()
     done = sum(len(batch.tokens) for _ in range(4) for batch in
-               batches(tokenizer, train_set, 64, np.random.default_rng(0)))
+               batches(tokenizer, train_set, 64, [0]))
     return f"{done / (time.perf_counter() - started):,.0f} prompts/s, tiny tokenizer, batches of 64"
-
-
-def waiting(steps: int) -> str:
-    """Share of a tuning loop that waits for its next batch: the default run's."""
-    train_set, _, _ = split_by_time(make_sequences(SyntheticWorld().interactions()))
-    with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(None):
-        base = tiny_base(Path(root), [train_set.select(slice(0, 200))], 0, torch.device("cpu"),
-                         TINY_BASES["synthetic"])
-        model = TemporalLlama(load_llama(base), tokenizer=read_tokenizer(base)).train()
-    add_lora(model, 16, 32.0, 0.05, ALL_LINEAR)
-    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-3)
-    waited, started = 0.0, time.perf_counter()
-    source = batches(model.tokenizer, train_set, 64, np.random.default_rng(0))
-    for step in range(1, steps + 1):
-        asked = time.perf_counter()
-        batch = next(source)
-        waited += time.perf_counter() - asked
-        tuning_step(model, batch, optimizer, learning_rate(step, steps, 1e-3, 10), 0.1, 64)
-    total = time.perf_counter() - started
-    return (f"{100 * waited / total:.1f} % of {steps} steps of the default run, "
-            f"{1000 * total / steps:.0f} ms each")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -491,12 +501,13 @@ def tuning(options) -> dict:
     found = {}
     for name in options.shapes:
         config, B = shape(name), options.batch_size or {"tiny": 32, "135m": 4, "8b": 64}[name]
-        made = collate(sorted(examples(config, B), key=lambda e: len(e.tokens)))
+        batch = collate(sorted(examples(config, B), key=lambda e: len(e.tokens)))
         dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
         common = {"config": config, "batch_size": B, "device": options.device}
-        print(f"tuning, {name} shape, {B} sequences of {made.tokens.shape[1]} tokens at most, "
-              f"{made.prefix} in common, {len(made.targets)} targets, {dtype} weights, LoRA r = 8 "
-              "on q_proj and v_proj")
+        P = len(batch.prefix)
+        print(f"tuning, {name} shape, {B} sequences of {P + batch.tokens.shape[1]} tokens at most, "
+              f"{P} in common, {answer_tokens(batch)} targets, {dtype} weights, LoRA r = 8 on "
+              "q_proj and v_proj")
         contenders = {"ours": (ours_tuning, common | {"dtype": dtype}),
                       "ours, all rows at a time": (ours_tuning, common | {"dtype": dtype,
                                                                           "rows": B}),
@@ -529,9 +540,9 @@ def tuning(options) -> dict:
         found[name] = {who: [timing.median, timing.gigabytes, ratio(timing, ours)]
                        for who, timing in times.items()}
         for who in ("ours", "ours, compiled"):
-            reached = flop_count(config, made) / times[who].median
+            reached = flop_count(config, batch) / times[who].median
             most = limit.result / limit.median
-            share = statistics.median(flop_count(config, made) / a / (limit.result / b)
+            share = statistics.median(flop_count(config, batch) / a / (limit.result / b)
                                       for a, b in zip(times[who].seconds, limit.seconds))
             row(f"{who}: share of the matrix product", f"{reached / 1e9:,.0f} of {most / 1e9:,.0f} "
                 f"GFLOP/s, {100 * share:.0f} %")
@@ -547,7 +558,7 @@ def ablation(options) -> dict:
     print(f"ablation, {name} shape, batches of {B}, four batches a round: time and memory without "
           "each idea")
     common = {"config": config, "batch_size": B, "device": options.device, "dtype": dtype,
-              "drawn": 4}
+              "batches_a_round": 4}
     times = race({"ours": (ours_tuning, common)} | {
         idea: (ours_tuning, common | {"without": idea}) for idea in (*IDEAS, "all of them")},
         options.rounds)
@@ -641,19 +652,19 @@ def evaluation(options) -> dict:
     if not options.run:
         print("evaluation\n  not measured: name a finished run with --run")
         return {}
-    given = {} if options.data_dir == "data" else {"data_dir": options.data_dir}
-    chosen, base = read_run(Path(options.run), given, "--run")
+    flags = {} if options.data_dir == "data" else {"data_dir": options.data_dir}
     with contextlib.redirect_stdout(None):
-        (_, _, test_set), _, _ = open_data(chosen)
-        model = cetrec.open_model(chosen, base, Path(options.run))
-    test_set = test_set.sample(1_000, chosen.seed)
+        inputs, model = open_tuned(Path(options.run), flags, "--run")
+    test_set = inputs.splits[2].sample(1_000, inputs.options.seed)
+    decoding = inputs.options.decoding()
+    numbers = range(len(test_set))
+    ages = [test_set.ages(i) for i in numbers] if test_set.index == "time" else None
     started = time.perf_counter()
-    recommend = GroundedBeams(model, test_set.titles, test_set.domain, chosen.decoding())
-    recommend([test_set.history(i) for i in range(len(test_set))],
-              [test_set.ages(i) for i in range(len(test_set))] if chosen.index == "time" else None)
+    recommend = GroundedBeams(model, inputs.catalogue, decoding)
+    recommend([test_set.history(i) for i in numbers], ages)
     seconds = time.perf_counter() - started
     print(f"evaluation, {len(test_set):,} test sequences of {options.run}")
-    row(str(chosen.decoding()), f"{seconds:.1f} s | peak {peak_memory(torch.device('cpu')):.2f} GB")
+    row(str(decoding), f"{seconds:.1f} s | peak {peak_memory(torch.device('cpu')):.2f} GB")
     return {"seconds": seconds}
 
 
@@ -662,7 +673,7 @@ def preparation(options) -> dict:
     print("data")
     work = [("ML-1M, text to split", movielens, options.data_dir),
             ("Steam, reading", steam, options.steam_lines),
-            ("tokenising in the loop", tokenisation), ("loop waits for data", waiting, 100)]
+            ("tokenising in the loop", tokenisation)]
     found = {}
     for name, function, *arguments in work:
         if function is movielens and not Path(options.data_dir, "ml-1m").is_dir():
@@ -736,9 +747,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         """Check what was asked for, then measure it."""
-        for given, known, what in ((options.sections, SECTIONS, "section"),
+        for names, known, what in ((options.sections, SECTIONS, "section"),
                                    (options.shapes, SHAPES, "shape")):
-            if unknown := [name for name in given if name not in known]:
+            if unknown := [name for name in names if name not in known]:
                 raise ValueError(f"{what} {unknown[0]!r}; wanted some of {', '.join(known)}")
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: this PyTorch sees no such device; not measured")

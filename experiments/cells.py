@@ -1,4 +1,4 @@
-"""Cells: the runs that a table or a figure is made of. Each is made once."""
+"""Cells: the runs that a table or a figure is made of. Each is run once."""
 
 import time
 from collections.abc import Callable
@@ -9,39 +9,38 @@ from support.runs import check_writable
 
 
 class Cells:
-    """Runs below a folder, by the command lines that made them, which cells.json there lists.
+    """Runs below a folder, by their command lines, which cells.json there lists.
 
-    A cell that is there is not made again, so a table that was interrupted goes on where it was.
+    A cell that is there is not run again, so a table that was interrupted continues where it was.
     """
 
     def __init__(self, out: Path, total: int):
         check_writable(out)
         self.out, self.index, self.total = out, out / "cells.json", total
-        self.started, self.asked, self.made = time.perf_counter(), 0, 0
+        self.started, self.count, self.new = time.perf_counter(), 0, 0
 
-    def folder(self, command: Callable, flags: list[str]) -> Path:
-        """The folder of the run that a command with these flags makes, which is done now if it is
-        not there.
+    def folder(self, command: Callable, argv: list[str]) -> Path:
+        """The folder of the run that a command with these arguments makes, now if it is not there.
 
         Raises ValueError for a run that fails, and KeyboardInterrupt for one that is interrupted.
         """
-        line = " ".join([command.__module__, *flags])
-        self.asked += 1
+        line = " ".join([command.__module__, *argv])
+        self.count += 1
         known = read_object(self.index) if self.index.is_file() else {}
         if line in known and (self.out / known[line] / "run.json").is_file():
             return self.out / known[line]
-        print(f"cell {self.asked}/{self.total} | {line}", flush=True)
+        print(f"cell {self.count}/{self.total} | {line}", flush=True)
         before = set(self.out.iterdir())
-        status = command([*flags, "--out", str(self.out)])
+        status = command([*argv, "--out", str(self.out)])
         if status == 130:
-            raise KeyboardInterrupt("the same command goes on with this cell")
+            raise KeyboardInterrupt("the same command continues with this cell")
         if status:
             raise ValueError(f"this cell failed, see above: {line}")
-        made, = (p for p in set(self.out.iterdir()) - before if (p / "run.json").is_file())
-        known[line] = made.name
+        (folder,) = (p for p in set(self.out.iterdir()) - before if (p / "run.json").is_file())
+        known[line] = folder.name
         write_json(self.index, known)
-        self.made += 1
+        self.new += 1
         minutes = (time.perf_counter() - self.started) / 60
-        print(f"cell {self.asked}/{self.total} | done | {minutes:.0f} min so far, at most "
-              f"{minutes / self.made * (self.total - self.asked):.0f} left", flush=True)
-        return made
+        print(f"cell {self.count}/{self.total} | done | {minutes:.0f} min so far, at most "
+              f"{minutes / self.new * (self.total - self.count):.0f} left", flush=True)
+        return folder

@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cetrec import cetrec_loss, erase_order, open_model, twin_forward
-from data import IGNORE, Example, Tokenizer, collate, encode_example, show_prompt
-from evaluate import device_of
+from cetrec import cetrec_loss, erase_order, open_tuned, twin_forward
+from data import IGNORE, Example, Tokenizer, collate, encode_sequences
 from experiments.titles import side_by_side
 from support.options import Options, add_flags, parse
-from support.runs import open_data, read_run
+from support.runs import show_prompt
 from support.terminal import Parser, exit_status
 from support.trie import ExactTitles
 
@@ -36,9 +35,9 @@ def moved_items(tokenizer: Tokenizer, example: Example, temporal: bool = True) -
     item_pos = torch.as_tensor(example.item_pos)
     moved = (temporal & (item_pos != erase_order(item_pos))).tolist()
     lines, first = [], 0
-    for last, (here, k) in enumerate(zip(moved, example.item_pos), 1):
+    for last, (differs, k) in enumerate(zip(moved, example.item_pos), 1):
         if last == len(moved) or example.item_pos[last] != k:
-            if here:
+            if differs:
                 text = tokenizer.bpe.decode(example.tokens[first:last])
                 lines.append(f"  tokens {first}..{last - 1}: k = {k:.3g}, erased 0 | {text}")
             first = last
@@ -90,29 +89,26 @@ def explanation(tokenizer: Tokenizer, example: Example, logits_f: Tensor, logits
         *token_table(tokenizer, targets, logits_f, logits_cf), total, ""])
 
 
-def explain(folder: Path, number: int, given: dict) -> None:
-    """Print what both worlds make of one test sequence of a run; given: the flags."""
-    options, base = read_run(folder, given, "experiments.explain")
-    (_, _, test_set), _, _ = open_data(options)
+def explain(folder: Path, number: int, flags: dict) -> None:
+    """Print what both worlds make of one test sequence of a run."""
+    inputs, model = open_tuned(folder, flags, "experiments.explain")
+    options, (_, _, test_set) = inputs.options, inputs.splits
     test_set = test_set.sample(options.eval_sequences, options.seed)
     if not 0 <= number < len(test_set):
         raise ValueError(f"test sequence {number}; wanted a number from 0 to {len(test_set) - 1}; "
                          "--eval-sequences 0 takes the whole test split")
-    history, ages = test_set.history(number), test_set.ages(number)
-    answer = test_set.target(number)
-    model = open_model(options, base, folder, (test_set,))
-    example = encode_example(model.tokenizer, test_set.words(history), test_set.titles[answer],
-                             test_set.domain, ages)
-    batch = collate([example]).to(device_of(model))
+    (example,) = encode_sequences(inputs.tokenizer, test_set.select(slice(number, number + 1)))
+    batch = collate([example]).to(inputs.device)
     with torch.no_grad():
         losses, worlds = cetrec_loss(model, batch, options.lambda_ct), twin_forward(model, batch)
-    told = explanation(model.tokenizer, example, *worlds, options.lambda_ct, losses,
-                       options.temporal != "none")
-    print(f"test sequence {number} of the {len(test_set):,} of the evaluation\n{told}")
-    recommender = ExactTitles(model, test_set.titles, test_set.domain, options.exclude_history)
-    factual, erased = (recommender([history], k) for k in (
-        None if ages is None else [ages], [np.zeros(len(history))]))
-    print(side_by_side(test_set.titles, factual, erased, 5, answer))
+    print(f"test sequence {number} of the {len(test_set):,} of the evaluation")
+    print(explanation(inputs.tokenizer, example, *worlds, options.lambda_ct, losses,
+                      options.temporal != "none"))
+    history, ages = test_set.history(number), test_set.ages(number)
+    recommender = ExactTitles(model, inputs.catalogue, options.exclude_history)
+    factual = recommender([history], None if ages is None else [ages])
+    erased = recommender([history], [np.zeros(len(history))])
+    print(side_by_side(test_set.titles, factual, erased, 5, test_set.target(number)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,9 +121,9 @@ def main(argv: list[str] | None = None) -> int:
                     help="test sequence, counted from 0 as in experiments.report (default: 0)")
     add_flags(ap, Options, only={"data_dir", "device", "dtype", "model", "exclude_history",
                                  "eval_sequences"})
-    given = parse(ap, argv)
-    folder, number = Path(given.pop("run")), given.pop("number")
-    return exit_status(lambda: explain(folder, number, given))
+    flags = parse(ap, argv)
+    folder, number = Path(flags.pop("run")), flags.pop("number")
+    return exit_status(lambda: explain(folder, number, flags))
 
 
 if __name__ == "__main__":

@@ -252,14 +252,14 @@ def case_study(runs: Sequence, user: int):
     for ax, run in zip(axes[1:], runs):
         name = run.kinds.get(kind) or next(iter(run.kinds.values()))
         write(ax, 0, -0.8, f"{run.name} | {run.setting} | {name}", weight="bold")
-        here = np.flatnonzero(run.arrays["sequence"] == sequence)
-        if not len(here):
+        rows = np.flatnonzero(run.arrays["sequence"] == sequence)
+        if not len(rows):
             write(ax, 0, 1, "not among this run's test sequences")
             continue
         for x, order in ((0, "original"), (0.5, "reversed")):
             write(ax, x, 0.1, f"{order} history", style="italic")
-            made = run.arrays[f"lists/{name}/{order}"][here[0]].tolist()
-            for rank, item in enumerate(item for item in made if item >= 0):
+            ten = run.arrays[f"lists/{name}/{order}"][rows[0]].tolist()
+            for rank, item in enumerate(item for item in ten if item >= 0):
                 hit = item == answer
                 style = {"weight": "bold", "color": DARK} if hit else {"color": "0.15"}
                 write(ax, x + 0.04, 1 + rank, str(rank + 1), ha="right", **style)
@@ -295,17 +295,17 @@ def write_page(folder: Path, heading: str, parts: Sequence[tuple[str, str]],
     for name, caption, fig in drawn:
         for kind in ("png", "svg"):
             import matplotlib
-            made = io.BytesIO()
+            image = io.BytesIO()
             with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
                 # The salt makes the same bytes every time. Titles may be in any script, and those
                 # that the font does not have are drawn as boxes, about which nobody can do much.
                 warnings.filterwarnings("ignore", "Glyph .* missing from")
-                fig.savefig(made, format=kind, dpi=160,
+                fig.savefig(image, format=kind, dpi=160,
                             metadata={"Date": None} if kind == "svg" else None)
-            write_whole(folder / f"{name}.{kind}", made.getvalue())
-        image = base64.b64encode(made.getvalue()).decode()
+            write_whole(folder / f"{name}.{kind}", image.getvalue())
+        encoded = base64.b64encode(image.getvalue()).decode()
         body.append(f'<figure><img alt="{html.escape(caption)}" '
-                    f'src="data:image/svg+xml;base64,{image}">\n'
+                    f'src="data:image/svg+xml;base64,{encoded}">\n'
                     f"<figcaption>{html.escape(caption)}</figcaption></figure>")
     body += [f"<p>{html.escape(note)}</p>" for note in notes]
     page = PAGE.format(heading=html.escape(heading), body="\n".join(body), style=STYLE)

@@ -29,17 +29,16 @@ import torch
 from tqdm import tqdm
 
 from cetrec import TemporalLlama
-from data import IGNORE, encode_example, make_sequences, split_by_time
+from data import IGNORE, Catalogue, encode_example, make_sequences, split_by_time
 from evaluate import embed_titles
-from experiments.recommend import tuned_with
 from experiments.report import Run
 from llama import Llama, LlamaConfig, load_llama
 from lora import add_lora, load_lora
-from support.checkpoints import fingerprint, read_tokenizer
+from support import progress
+from support.checkpoints import check_checkpoint, read_tokenizer
+from support.counting import result_table
 from support.datasets import load_interactions, prepare
 from support.files import save_arrays, write_json
-from support.floors import result_table
-from support.journal import Journal
 from support.options import Options, Where, add_flags, as_flag, parse
 from support.runs import load_adapter, read_catalogue, read_run, save_adapter
 from support.terminal import Parser, exit_status, one_line
@@ -106,11 +105,7 @@ def damage(path: Path, rng: random.Random) -> None:
 
 TOKENIZER = tiny_tokenizer(TITLES, np.full(len(TITLES), SEEN), "movies", 300)
 CONFIG = LlamaConfig(TOKENIZER.bpe.get_vocab_size(), 8, 16, 1, 2, 1, 4, 1024)
-
-
-def small_model() -> TemporalLlama:
-    """A base of a few thousand numbers."""
-    return TemporalLlama(Llama(CONFIG), tokenizer=TOKENIZER)
+SETTINGS = {"temporal": "rope", "index": "order", "scale": 1.0, "base": "0123456789abcdef"}
 
 
 def good_base(folder: Path) -> None:
@@ -122,27 +117,27 @@ def use_tokenizer(folder: Path) -> None:
     """Read a tokenizer, and do with it what a run does."""
     tokenizer = read_tokenizer(folder)
     tokenizer.decode(encode_example(tokenizer, TITLES[:3], TITLES[3]).tokens)
-    Trie(tokenizer, TITLES, "movies")
+    Trie(Catalogue(TITLES, "movies", tokenizer))
 
 
 def use_base(folder: Path) -> None:
-    """Read a base, and run it."""
-    fingerprint(folder)
-    load_llama(folder)(torch.tensor([[1, 2, 3]]))
+    """Check a base, read it, and run it."""
+    check_checkpoint(folder)
+    llama = load_llama(folder)
+    llama(llama.embed(torch.tensor([[1, 2, 3]])))
 
 
 def good_adapter(folder: Path) -> None:
     """An adapter with its settings."""
-    model = small_model()
-    add_lora(model.llama)
-    save_adapter(model, folder)
+    llama = Llama(CONFIG)
+    add_lora(llama)
+    save_adapter(llama, folder, SETTINGS)
 
 
 def use_adapter(folder: Path) -> None:
-    """Read an adapter as peft's, as ours, and its settings alone."""
+    """Read an adapter as peft's and as ours."""
     load_lora(Llama(CONFIG), folder)
-    Options.from_flags(tuned_with(folder) | {"data": "ml-100k"})
-    load_adapter(small_model(), folder)
+    load_adapter(Llama(CONFIG), folder, SETTINGS)
 
 
 def good_run(folder: Path) -> None:
@@ -165,26 +160,24 @@ def use_run(folder: Path) -> None:
     read_catalogue(folder)
 
 
-def journal(folder: Path) -> Journal:
-    """A journal of one factor that was tuned for a step."""
+def good_checkpoint(folder: Path) -> None:
+    """A checkpoint of one factor, which was tuned for a step, and the log that goes with it."""
     factor = torch.nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.AdamW([factor])
+    optimizer, done = torch.optim.AdamW([factor]), progress.Progress(step=1)
     factor.grad = torch.ones(3)
     optimizer.step()
-    return Journal(folder, optimizer, np.random.default_rng(0), 9, 0.1, TOKENIZER)
+    with progress.open_log(folder, done) as log, progress.open_bar(done, 9) as bar:
+        progress.log_step(log, bar, done, [1.0] * 3, 0.1, 0.1, factor.device)
+        done.validation, done.best = [1.0], [factor.detach().clone()]
+        progress.log_validation(log, bar, done)
+        progress.save_checkpoint(folder, optimizer, done, log)
 
 
-def good_journal(folder: Path) -> None:
-    """A checkpoint and the log that goes with it."""
-    with journal(folder) as book:
-        for _ in book.epoch(lambda: iter(range(3))):
-            book.note(0.1, [torch.tensor(1.0)] * 3)
-
-
-def use_journal(folder: Path) -> None:
+def use_checkpoint(folder: Path) -> None:
     """Go on from a checkpoint."""
-    with journal(folder):
-        pass
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
+    done = progress.load_checkpoint(folder, optimizer)
+    progress.open_log(folder, done).close()
 
 
 def good_data(inter: str, items: str, row: str, item: str, head: tuple[str, str]) -> Callable:
@@ -229,9 +222,9 @@ def use_titles(folder: Path) -> None:
         assert tokenizer.decode(answer) == f'"{titles[-1]}"'
         assert not special & set(example.tokens[1:-1])
         assert set(range(len(titles[:9]))) <= set(example.item_pos)
-        trie = Trie(tokenizer, titles, "movies")
+        trie = Trie(Catalogue(titles, "movies", tokenizer))
         assert sorted(i for found in trie.items.values() for i in found) == [*range(len(titles))]
-    embed_titles(small_model(), titles)
+    embed_titles(TemporalLlama(Llama(CONFIG)), titles, TOKENIZER)
 
 
 def good_flags(folder: Path) -> None:
@@ -249,13 +242,13 @@ def good_flags(folder: Path) -> None:
 def use_flags(folder: Path) -> None:
     """Parse a command line and check it. A refusal of the parser is one line, too."""
     words = (folder / "flags.txt").read_bytes().decode("utf-8", "surrogateescape").split("\n")
-    ap, told = Parser(prog="cetrec.py"), io.StringIO()
+    ap, errors = Parser(prog="cetrec.py"), io.StringIO()
     add_flags(ap, Options, Where)
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(errors):
             Options.from_flags(parse(ap, [word.replace("\0", "") for word in words]))
     except SystemExit as stop:
-        assert stop.code == 0 or told.getvalue().count("\n") == 1       # 0: a mutant asked for help
+        assert stop.code == 0 or errors.getvalue().count("\n") == 1     # 0: a mutant asked for help
 
 
 READERS: dict[str, tuple[Callable, Callable, str]] = {      # good files, reader, files to damage
@@ -264,7 +257,7 @@ READERS: dict[str, tuple[Callable, Callable, str]] = {      # good files, reader
     "adapter": (good_adapter, use_adapter, "*"),
     "run": (lambda folder: (READERS["csv"][0](folder), good_run(folder)), use_run,
             "run.json catalogue.json log.jsonl evaluation.safetensors"),
-    "checkpoint": (good_journal, use_journal, "*"),
+    "checkpoint": (good_checkpoint, use_checkpoint, "*"),
     "titles": (good_titles, use_titles, "*"),
     "flags": (good_flags, use_flags, "*"),
     "csv": (good_data("interactions.csv", "items.csv", "{u},{i},{d}\n", '{i},"{quoted}"\n',
@@ -319,20 +312,20 @@ def outcome(read: Callable, folder: Path) -> str:
 
 
 def try_each(numbers: range, name: str, victims: list[Path], good: Path, trial: Path,
-             journal_of_hunt: Path) -> None:
+             outcomes: Path) -> None:
     """In the child: a line for each input, its number first, so that the last one is known."""
     signal.signal(signal.SIGALRM, ring)
     resource.setrlimit(resource.RLIMIT_AS, (2**35, resource.getrlimit(resource.RLIMIT_AS)[1]))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)            # where libraries report their panics
-    with open(journal_of_hunt, "a", buffering=1) as told:
+    with open(outcomes, "a", buffering=1) as file:
         for number in numbers:
             rng = random.Random(f"{name} {number}")
             shutil.rmtree(trial, ignore_errors=True)
             shutil.copytree(good, trial)
-            told.write(f"{number}\t")
-            told.flush()
+            file.write(f"{number}\t")
+            file.flush()
             damage(trial / rng.choice(victims), rng)
-            told.write(outcome(READERS[name][1], trial) + "\n")
+            file.write(outcome(READERS[name][1], trial) + "\n")
 
 
 def hunt(name: str, numbers: range, kept: Path) -> list[str]:
@@ -350,16 +343,16 @@ def hunt(name: str, numbers: range, kept: Path) -> list[str]:
             with contextlib.suppress(ValueError):           # Steam's filters leave nothing
                 READERS[name][1](good)          # what libraries load late is loaded now
     victims = sorted({path.relative_to(good) for p in pattern.split() for path in good.glob(p)})
-    journal_of_hunt, faults, start = kept / f"{name}.txt", [], numbers.start
+    outcomes, faults, start = kept / f"{name}.txt", [], numbers.start
     while start < numbers.stop:
-        journal_of_hunt.write_text("")
+        outcomes.write_text("")
         if (child := os.fork()) == 0:
             try:
-                try_each(range(start, numbers.stop), name, victims, good, trial, journal_of_hunt)
+                try_each(range(start, numbers.stop), name, victims, good, trial, outcomes)
             finally:
                 os._exit(0)
         _, status = os.waitpid(child, 0)
-        lines = journal_of_hunt.read_text().splitlines()
+        lines = outcomes.read_text().splitlines()
         for line in lines:
             number, _, fault = line.partition("\t")
             if fault or status and line is lines[-1]:
@@ -378,22 +371,22 @@ def main(argv: list[str] | None = None) -> int:
                     help="for each reader (default: %(default)s)")
     ap.add_argument("--from", type=int, default=0, metavar="N", dest="first",
                     help="number of the first; a number decides its input (default: 0)")
-    given = ap.parse_args(argv)
+    flags = ap.parse_args(argv)
     faults = []
 
     def work() -> None:
         """All hunts, one after another."""
-        if unknown := set(given.readers) - READERS.keys():
+        if unknown := set(flags.readers) - READERS.keys():
             raise ValueError(f"{min(unknown)}: no such reader; known are {', '.join(READERS)}")
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as kept:
-            for name in given.readers:
+            for name in flags.readers:
                 started, found = time.perf_counter(), []
-                ends = range(given.first, given.first + given.inputs, 250)
+                ends = range(flags.first, flags.first + flags.inputs, 250)
                 for start in tqdm(ends, desc=name, unit="part", leave=False, disable=None):
-                    stop = min(start + 250, given.first + given.inputs)
+                    stop = min(start + 250, flags.first + flags.inputs)
                     found += hunt(name, range(start, stop), Path(kept))
-                print(f"{name} | {given.inputs:,} inputs | {len(found)} faults | "
+                print(f"{name} | {flags.inputs:,} inputs | {len(found)} faults | "
                       f"{time.perf_counter() - started:.0f} s", *found[:9], sep="\n  ")
                 faults.extend(found)
     return exit_status(work) or bool(faults)

@@ -8,7 +8,7 @@ all items. Architectures and settings are those of the code that the paper's gro
 LLaRA); docs/baselines.md says where the original papers do otherwise. Data, split,
 candidates, exclusion, test sequences and table are those of cetrec.py.
 
-Shapes: B histories, L = 10 places of each, n ≤ L items in one, d width, N items of the catalogue.
+Shapes: B histories, L = 10 columns, n ≤ L items in a history, d width, N items of the catalogue.
 """
 
 import copy
@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from data import Sequences
 from evaluate import LENGTH, METRICS, Lists, list_values
+from support import runs
+from support.counting import result_table
 from support.files import write_json
-from support.floors import result_table
 from support.options import (Options, Where, add_flags, check_values, defaults, flag,
                              parse)
-from support.runs import check_writable, choose_device, finish, new_folder, open_data, versions
 from support.terminal import Parser, exit_status
 
-L = 10                          # places of a history, as in data.make_sequences
+L = 10                          # items of the longest history, as in data.make_sequences
 SHARED = {"data", "data_dir", "domain", "sample", "chronological", "skip_bad_lines",
           "order_strength", "clock", "limit_train", "seed", "eval_sequences", "exclude_history",
           "device", "out"}
@@ -83,7 +83,7 @@ class GRU4Rec(IdModel):
     other answers of the batch as negatives.
     """
 
-    def __init__(self, items: int, width: int = 64, places: int = L, dropout: float = 0.0):
+    def __init__(self, items: int, width: int = 64, length: int = L, dropout: float = 0.0):
         super().__init__(items, width, width)
         self.gru, self.dropout = nn.GRU(width, width, batch_first=True), dropout
 
@@ -99,15 +99,15 @@ class Caser(IdModel):
 
     A horizontal filter covers h rows in full width, slides down, and keeps its strongest answer: it
     finds a pattern of h neighbours anywhere. A vertical one is a weighted sum of the rows, so it
-    knows places. (The original has an embedding of the user besides, which a split by time cannot
-    have: it tests users that training never saw.)
+    knows where they are. (The original has an embedding of the user besides, which a split by time
+    cannot have: it tests users that training never saw.)
     """
 
-    def __init__(self, items: int, width: int = 64, places: int = L, dropout: float = 0.1):
+    def __init__(self, items: int, width: int = 64, length: int = L, dropout: float = 0.1):
         heights, filters = (2, 3, 4), 16
         super().__init__(items, width, filters * len(heights) + width)
         self.horizontal = nn.ModuleList(nn.Conv2d(1, filters, (h, width)) for h in heights)
-        self.vertical, self.dropout = nn.Conv2d(1, 1, (places, 1)), dropout
+        self.vertical, self.dropout = nn.Conv2d(1, 1, (length, 1)), dropout
         for conv in (*self.horizontal, self.vertical):
             nn.init.xavier_normal_(conv.weight)
             nn.init.constant_(conv.bias, 0.1)
@@ -117,37 +117,38 @@ class Caser(IdModel):
 
         -> (B, 48 + d)
         """
-        image = (self.embedding(items) * real(items, lengths)[..., None])[:, None]  # (B, 1, L, d)
+        rows = self.embedding(items) * is_item(items, lengths)[..., None]
+        image = rows[:, None]                                                   # (B, 1, L, d)
         strongest = [F.relu(conv(image)).amax(dim=(2, 3)) for conv in self.horizontal]
         parts = [*strongest, F.relu(self.vertical(image)).flatten(1)]
         return F.dropout(torch.cat(parts, dim=1), self.dropout, self.training)
 
 
 class SASRec(IdModel):
-    """One block of causal self-attention with one head; the newest item's place scores.
+    """One block of causal self-attention with one head; the newest item's column scores.
 
         X = E[items] + P,   Q = LN X,   U = softmax((Q Wq)(X Wk)ᵀ / √d) (X Wv) + Q
         F = LN U,           Z = LN(LN(F + W2 relu(W1 F)))
 
     As in the original code, keys and values are of the rows before the norm, the residual is the
     row after it, and there is no output map behind the attention. The original has two blocks, ties
-    the tables (--tied) and trains at every place of a history; here the answer alone is trained.
+    the tables (--tied) and trains at every item of a history; here the answer alone is trained.
     """
 
-    def __init__(self, items: int, width: int = 64, places: int = L, dropout: float = 0.1):
+    def __init__(self, items: int, width: int = 64, length: int = L, dropout: float = 0.1):
         super().__init__(items, width, width)
-        self.places, self.dropout = nn.Embedding(places, width), dropout
+        self.positions, self.dropout = nn.Embedding(length, width), dropout
         self.query, self.key, self.value, self.inner, self.outer = (
             nn.Linear(width, width) for _ in range(5))
         self.before, self.between, self.after, self.last = (nn.LayerNorm(width) for _ in range(4))
 
     def attention(self, items: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The weights A (B, L, L) and X and Q, both (B, L, d). Nobody looks at pads or ahead."""
-        there = real(items, lengths)
-        x = self._drop(self.embedding(items) + self.places.weight) * there[..., None]
+        item = is_item(items, lengths)
+        x = self._drop(self.embedding(items) + self.positions.weight) * item[..., None]
         q = self.before(x)
-        places = torch.arange(items.shape[1], device=items.device)
-        seen = there[:, None, :] & (places <= places[:, None])
+        column = torch.arange(items.shape[1], device=items.device)
+        seen = item[:, None, :] & (column <= column[:, None])
         logits = self.query(q) @ self.key(x).transpose(1, 2) / x.shape[-1] ** 0.5
         # Rows of pads see the items before them. What they hold is never asked for.
         return logits.masked_fill(~seen, -torch.inf).softmax(dim=-1), x, q
@@ -157,15 +158,15 @@ class SASRec(IdModel):
         weights, x, q = self.attention(items, lengths)
         u = self._drop(weights) @ self.value(x) + q
         newest = u[torch.arange(len(items), device=items.device), lengths - 1]
-        f = self.between(newest)            # from here on every place is by itself
+        f = self.between(newest)            # from here on every column is by itself
         return self.last(self.after(f + self._drop(self.outer(F.relu(self.inner(f))))))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
 
-def real(items: Tensor, lengths: Tensor) -> Tensor:
-    """Which places hold items.  (B, L), (B,) -> (B, L) bool"""
+def is_item(items: Tensor, lengths: Tensor) -> Tensor:
+    """Which columns hold items.  (B, L), (B,) -> (B, L) bool"""
     return torch.arange(items.shape[1], device=items.device) < lengths[:, None]
 
 
@@ -261,18 +262,21 @@ class ItemScores:
             part = histories[start:start + 1_000]
             scores = self.model.scores(*(x.to(device) for x in padded(
                 part, self.model.head.out_features))).numpy(force=True)
-            best_of(scores, part, self.exclude_history, out.items[start:start + 1_000])
+            out.items[start:start + 1_000] = best_items(scores, part, self.exclude_history)
         return out
 
 
-def best_of(scores: np.ndarray, histories, exclude_history: bool, out: np.ndarray) -> None:
-    """Fill out (B, 10) with the best items of scores (B, N), which are changed."""
+def best_items(scores: np.ndarray, histories, exclude_history: bool) -> np.ndarray:
+    """The ten items of highest score, ties by item id; -1 where there are no more.
+
+    (B, N) -> (B, 10). The scores of items that are excluded are overwritten.
+    """
     if exclude_history:
         for row, history in zip(scores, histories):
             row[list(history)] = -np.inf
     ten = np.argsort(-scores, axis=1, kind="stable")[:, :LENGTH]
-    left = np.take_along_axis(scores, ten, axis=1) > -np.inf
-    out[:, :ten.shape[1]] = np.where(left, ten, -1)
+    ten[np.take_along_axis(scores, ten, axis=1) == -np.inf] = -1
+    return np.pad(ten, ((0, 0), (0, LENGTH - ten.shape[1])), constant_values=-1)
 
 
 def fit(model: IdModel, train_set: Sequences, valid_set: Sequences, recipe: Recipe, seed: int,
@@ -288,7 +292,7 @@ def fit(model: IdModel, train_set: Sequences, valid_set: Sequences, recipe: Reci
     answers = torch.from_numpy(train_set.items[train_set.targets]).to(device)
     histories = [valid_set.history(i) for i in range(len(valid_set))]
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=1e-6)
-    started, best, kept, reached = time.perf_counter(), 0, None, []
+    started, best, weights, reached = time.perf_counter(), 0, None, []
     for epoch in range(1, recipe.epochs + 1):
         model.train()
         order, total = torch.from_numpy(rng.permutation(len(answers))).to(device), 0.0
@@ -300,11 +304,11 @@ def fit(model: IdModel, train_set: Sequences, valid_set: Sequences, recipe: Reci
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(rows)
-        made = ItemScores(model.eval())(histories)
-        values = list_values(made.items, valid_set.items[valid_set.targets]).mean(axis=0)
+        lists = ItemScores(model.eval())(histories)
+        values = list_values(lists.items, valid_set.items[valid_set.targets]).mean(axis=0)
         reached.append(float(values[list(METRICS).index("NDCG@10")]))
-        if kept is None or reached[-1] > reached[best]:
-            best, kept = epoch - 1, copy.deepcopy(model.state_dict())
+        if weights is None or reached[-1] > reached[best]:
+            best, weights = epoch - 1, copy.deepcopy(model.state_dict())
         seconds = time.perf_counter() - started
         if not np.isfinite(float(total)):
             raise ValueError(f"the loss of epoch {epoch} is {float(total)}; try a smaller --lr")
@@ -313,7 +317,7 @@ def fit(model: IdModel, train_set: Sequences, valid_set: Sequences, recipe: Reci
             f"{seconds / epoch:.1f} s an epoch")
         if epoch - 1 - best >= recipe.patience:
             break
-    model.load_state_dict(kept)
+    model.load_state_dict(weights)
     model.eval()
     return {"epochs": epoch, "best_epoch": best + 1, "validation_ndcg10": reached,
             "seconds": time.perf_counter() - started}
@@ -325,23 +329,23 @@ def fit(model: IdModel, train_set: Sequences, valid_set: Sequences, recipe: Reci
 
 def run(options: Options, recipe: Recipe, out: Path) -> None:
     """Train and evaluate one model; write its run folder."""
-    check_writable(out)
-    device, _ = choose_device(options)
-    (train_set, valid_set, test_set), world, record = open_data(options)
+    runs.check_writable(out)
+    device, _ = runs.choose_device(options)
+    (train_set, valid_set, test_set), synthetic, record = runs.open_data(options)
     torch.manual_seed(options.seed)
     model = recipe.model(len(train_set.titles)).to(device)
     print(f"{recipe.method} | {sum(p.numel() for p in model.parameters()):,} parameters | loss "
           f"{recipe.loss} | at most {recipe.epochs} epochs of {len(train_set):,} sequences")
-    folder = new_folder(out, f"{Path(options.data).resolve().name}-{recipe.method}")
+    folder = runs.new_folder(out, f"{Path(options.data).resolve().name}-{recipe.method}")
     record |= {"method": recipe.method, "options": options.record(), "baseline": asdict(recipe),
-               "versions": versions(device)}
+               "versions": runs.versions(device)}
     write_json(folder / "run.json", record)
     record["tuning"] = fit(model, train_set, valid_set.sample(1_000, options.seed), recipe,
                            options.seed)
     test_set = test_set.sample(options.eval_sequences, options.seed)
-    recommenders = {"all items scored": ItemScores(model, options.exclude_history)}
-    result, arrays = result_table(recommenders, train_set, test_set, world, options.exclude_history)
-    finish(folder, record | result, arrays, test_set)
+    lists = {"all items scored": ItemScores(model, options.exclude_history)}
+    results, arrays = result_table(lists, train_set, test_set, synthetic, options.exclude_history)
+    runs.finish(folder, record | results, arrays, test_set)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -351,14 +355,14 @@ def main(argv: list[str] | None = None) -> int:
                 "CETRec.")
     add_flags(ap, Recipe)
     add_flags(ap, Options, Where, only=SHARED)
-    given = parse(ap, argv)
+    flags = parse(ap, argv)
 
     def work() -> None:
         """One run of the model that was asked for."""
-        chosen = {f.name: given.pop(f.name) for f in fields(Recipe) if f.name in given}
+        chosen = {f.name: flags.pop(f.name) for f in fields(Recipe) if f.name in flags}
         recipe = Recipe(**defaults(Recipe, chosen.get("method", "sasrec")) | chosen)
-        out = Path(given.pop("out", "runs"))
-        run(Options.from_flags(given | {"temporal": "none"}), recipe, out)
+        out = Path(flags.pop("out", "runs"))
+        run(Options.from_flags(flags | {"temporal": "none"}), recipe, out)
     return exit_status(work)
 
 

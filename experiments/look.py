@@ -13,10 +13,11 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from data import Sequences, Tokenizer, show_sequence
+from data import Catalogue, Sequences, Tokenizer, encode_sequences
 from support.checkpoints import read_tokenizer
+from support.counting import items_seen
 from support.options import Options, add_flags, parse
-from support.runs import open_data
+from support.runs import open_data, show_prompt
 from support.terminal import Parser, exit_status
 from support.tiny import TINY_BASES, TinyBase, tokenizer_for
 
@@ -61,11 +62,12 @@ def describe(splits: tuple[Sequences, Sequences, Sequences], users: int,
     dates = [f"{name} {day(s.timestamps.min())}..{day(s.timestamps.max())}"
              for name, s in zip(("train", "valid", "test"), splits)]
     tied = 100 * (train_set.times[answers] == train_set.times[answers - 1]).mean()
-    unseen = 100 * (1 - train_set.seen()[test_set.items[test_set.targets]].mean())
+    unseen = 100 * (1 - items_seen(train_set)[test_set.items[test_set.targets]].mean())
     drawn = np.random.default_rng(0).choice(len(train_set), min(1_000, len(train_set)), False)
-    lengths = np.array([len(example.tokens) for example in tokenizer.examples(
-        [train_set.words(train_set.history(i)) for i in drawn], [None] * len(drawn),
-        train_set.domain)])
+    prompts = Catalogue(train_set.titles, train_set.domain, tokenizer).prompts(
+        [train_set.history(i) for i in drawn])
+    lengths = np.array([len(example.tokens) for example in prompts])
+    (first,) = encode_sequences(tokenizer, train_set.select(slice(0, 1)))
     fewer = users - len(of_users)
     return "\n".join([
         "", "users by their number of interactions"
@@ -78,13 +80,13 @@ def describe(splits: tuple[Sequences, Sequences, Sequences], users: int,
         f"tokens of a prompt | median {np.median(lengths):.0f}, 95 % have up to "
         f"{np.quantile(lengths, 0.95):.0f}, longest {lengths.max()} of {len(drawn):,} drawn",
         "", "a training prompt, each item ⟨marked⟩ with its index k", "-" * 80,
-        show_sequence(tokenizer, train_set, 0), "-" * 80])
+        show_prompt(tokenizer, first), "-" * 80])
 
 
-def look(given: dict) -> None:
-    """Read the data and print what they hold; given: the flags."""
-    folder = given.pop("tokenizer", None)
-    options = Options.from_flags(given)
+def look(flags: dict) -> None:
+    """Read the data and print what they hold."""
+    folder = flags.pop("tokenizer", None)
+    options = Options.from_flags(flags)
     tokenizer = read_tokenizer(folder) if folder else None
     splits, _, record = open_data(options)
     if tokenizer is None:
@@ -100,8 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     add_flags(ap, Options, only=FLAGS)
     ap.add_argument("--tokenizer", metavar="FOLDER", help="checkpoint folder whose tokenizer makes "
                     "the tokens (default: that of the tiny base, made on the spot)")
-    given = parse(ap, argv)
-    return exit_status(lambda: look(given))
+    flags = parse(ap, argv)
+    return exit_status(lambda: look(flags))
 
 
 if __name__ == "__main__":

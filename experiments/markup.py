@@ -56,13 +56,12 @@ def table(head: list[str], rows: list[list[str]], note: str = "") -> str:
     top = "".join(f"<th>{cell}</th>" for cell in head)
     top = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
     body = "".join(map(line, rows))
-    made = f'<div class="table"><table>{top}<tbody>{body}</tbody></table></div>'
-    return made + (f'<p class="note">{note}</p>' if note else "")
+    text = f'<div class="table"><table>{top}<tbody>{body}</tbody></table></div>'
+    return text + (f'<p class="note">{note}</p>' if note else "")
 
 
 def score_table(rows: dict[str, dict[str, tuple[float, float]]], note: str = "") -> str:
-    """What evaluate.format_table prints. Standard errors that a single case has not are left out.
-    """
+    """What support.counting.format_table prints, without the standard errors of single cases."""
     metrics, lines = list(next(iter(rows.values()))), []
     for name, scores in rows.items():
         percent, cells = " | change, " in name, []

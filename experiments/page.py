@@ -26,19 +26,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import cetrec
-from cetrec import (cetrec_loss, erase_order, open_model, rotary, sinusoidal, tuned_parameters,
-                    twin_forward)
-from data import NO_ITEM, build_prompt, collate, encode_example
-from evaluate import (METRICS, GroundedBeams, beam_search, clean, device_of, ground, hit_ratio,
-                      merge_lists, ndcg)
+from cetrec import (TemporalLlama, cetrec_loss, erase_order, new_run, open_tuned, rotary,
+                    sinusoidal, tuned_parameters, twin_forward)
+from data import (IGNORE, NO_ITEM, Batch, Example, Sequences, Tokenizer, build_prompt, collate,
+                  encode_sequences)
+from evaluate import (METRICS, GroundedBeams, beam_search, clean, ground, hit_ratio, merge_lists,
+                      ndcg)
 from experiments.markup import STYLE, e, table
 from experiments.passages import PASSAGES, SYSTEMS, Passage
 from experiments.readme import effects, names_of_tests, results
 from experiments.report import Run
 from support.files import write_whole
 from support.options import Options, Where, add_flags, as_flag, parse
-from support.runs import open_data, read_run
+from support.runs import RunInputs
 from support.terminal import Parser, exit_status
 
 ROOT = Path(__file__).parent.parent
@@ -52,46 +52,67 @@ class Scene:
     """What the examples are computed from: a run, and one of its test sequences."""
 
     run: Run
-    model: cetrec.TemporalLlama
-    splits: tuple                   # train, valid, test
-    options: Options
-    number: int                     # of the sequence, in the test split
+    inputs: RunInputs
+    model: TemporalLlama
+    test_set: Sequences             # of the evaluation
+    number: int                     # of the sequence among them
 
     @property
-    def test_set(self):
-        """The test sequences of the evaluation."""
-        return self.splits[2]
+    def options(self) -> Options:
+        """The options of the run."""
+        return self.inputs.options
 
     @property
-    def example(self):
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the base."""
+        return self.inputs.tokenizer
+
+    @property
+    def history(self) -> list[str]:
+        """The titles of the sequence's history, oldest first."""
+        return self.test_set.titles_of(self.test_set.history(self.number))
+
+    @property
+    def answer(self) -> str:
+        """The title that followed."""
+        return self.test_set.titles[self.test_set.target(self.number)]
+
+    @property
+    def example(self) -> Example:
         """The sequence's prompt and answer."""
-        t, number = self.test_set, self.number
-        return encode_example(self.model.tokenizer, t.words(t.history(number)),
-                              t.titles[t.target(number)], t.domain, t.ages(number))
+        one = self.test_set.select(slice(self.number, self.number + 1))
+        return encode_sequences(self.tokenizer, one)[0]
+
+    @property
+    def batch(self) -> Batch:
+        """The same as a batch of one row."""
+        return collate([self.example]).to(self.inputs.device)
 
     @torch.no_grad()
-    def worlds(self):
+    def worlds(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(targets (M,), logits (M, V) of the factual world, of the erased one)"""
-        batch = collate([self.example]).to(device_of(self.model))
-        return batch.targets, *twin_forward(self.model, batch)
+        answers = self.batch.answers
+        return answers[answers != IGNORE], *twin_forward(self.model, self.batch)
+
+    def spelled(self, token: int) -> str:
+        """A token as HTML."""
+        text = self.tokenizer.bpe.decode([token], skip_special_tokens=False)
+        return f"<code>{e(text)}</code>"
 
 
-def scene_of(folder: Path | None, given: dict) -> Scene:
-    """The scene of a run, or of a small one that is made now, with what flags are given.
+def scene_of(folder: Path | None, flags: dict) -> Scene:
+    """The scene of a run, or of a small one that is made now with these flags.
 
     Its test sequence is the first of the evaluation with four items in its history.
     """
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as out:
         if folder is None:
-            folder = cetrec.run(Options.from_flags(SMALL | given), Path(made))
-            given = {}
-        options, base = read_run(folder, given, "experiments.page")
-        splits, _, _ = open_data(options)
-        model = open_model(options, base, folder, splits)
-        test = splits[2].sample(options.eval_sequences, options.seed)
-        lengths = [len(test.history(number)) for number in range(len(test))]
-        number = next((i for i, length in enumerate(lengths) if length == 4), 0)
-        return Scene(Run.from_folder(folder), model, (*splits[:2], test), options, number)
+            folder, flags = new_run(Options.from_flags(SMALL | flags), Path(out)), {}
+        inputs, model = open_tuned(folder, flags, "experiments.page")
+        test_set = inputs.splits[2].sample(inputs.options.eval_sequences, inputs.options.seed)
+        lengths = [len(test_set.history(number)) for number in range(len(test_set))]
+        number = lengths.index(4) if 4 in lengths else 0
+        return Scene(Run.from_folder(folder), inputs, model, test_set, number)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -132,9 +153,9 @@ def code(name: str) -> str:
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
     path, first, source = source_of(name)
-    made = highlight(source, PythonLexer(), HtmlFormatter(nowrap=True))
+    lines = highlight(source, PythonLexer(), HtmlFormatter(nowrap=True))
     return (f'<figure class="code"><figcaption>{e(path)}, line {first}</figcaption>'
-            f"<pre><code>{made.rstrip()}</code></pre></figure>")
+            f"<pre><code>{lines.rstrip()}</code></pre></figure>")
 
 
 def outcomes() -> dict[str, str]:
@@ -157,9 +178,9 @@ def outcomes() -> dict[str, str]:
         return found
 
 
-def svg(width: int, height: int, parts: list[str], told: str) -> str:
+def svg(width: int, height: int, parts: list[str], label: str) -> str:
     """A picture that grows with its column."""
-    return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(told)}">'
+    return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">'
             f"{''.join(parts)}</svg>")
 
 
@@ -177,8 +198,8 @@ def marked(scene: Scene, item_pos: list) -> str:
     parts, example, first = [], scene.example, 0
     for _, item in itertools.groupby(example.item_pos):         # each item, and what is between
         last = first + len(list(item))
-        words = e(scene.model.tokenizer.bpe.decode(example.tokens[first:last],
-                                                   skip_special_tokens=False))
+        words = e(scene.tokenizer.bpe.decode(example.tokens[first:last],
+                                             skip_special_tokens=False))
         k = item_pos[first]
         parts.append(words if k == NO_ITEM else
                      f'<span class="item" style="background:{SHADES[int(k) % len(SHADES)]}">'
@@ -189,20 +210,19 @@ def marked(scene: Scene, item_pos: list) -> str:
 
 def example_prompt(scene: Scene) -> str:
     """Table 1: the prompt, its answer, and where the titles stand."""
-    t, number = scene.test_set, scene.number
-    text, spans = build_prompt(t.words(t.history(number)), t.domain)
-    places = ", ".join(f"{a} to {b - 1}" for a, b in spans)
-    return (f'<pre class="prompt">{e(text)}<b>"{e(t.titles[t.target(number)])}"</b></pre>'
-            f'<p class="note">Test sequence {number}; the answer is bold. The titles stand at the '
-            f"characters {places}.</p>")
+    text, spans = build_prompt(scene.history, scene.test_set.domain)
+    ranges = ", ".join(f"{a} to {b - 1}" for a, b in spans)
+    return (f'<pre class="prompt">{e(text)}<b>"{e(scene.answer)}"</b></pre>'
+            f'<p class="note">Test sequence {scene.number}; the answer is bold. The titles stand '
+            f"at the characters {ranges}.</p>")
 
 
 def example_likelihood(scene: Scene) -> str:
     """Eq. 1: the answer token by token."""
     targets, logits_f, _ = scene.worlds()
     log_p = -F.cross_entropy(logits_f, targets, reduction="none")
-    rows = [[f"<code>{e(scene.model.tokenizer.bpe.decode([t], skip_special_tokens=False))}</code>",
-             f"{p.exp():.4f}", f"{-p:.4f}"] for t, p in zip(targets.tolist(), log_p)]
+    rows = [[scene.spelled(t), f"{p.exp():.4f}", f"{-p:.4f}"]
+            for t, p in zip(targets.tolist(), log_p)]
     return table(["token of the answer", "probability", "−log"], [
         *rows, ["mean, which is the loss", "", f"{-log_p.mean():.4f}"]])
 
@@ -289,8 +309,7 @@ def example_answer(scene: Scene) -> str:
     """Eq. 7: log p of the answer's tokens in both worlds."""
     targets, logits_f, logits_cf = scene.worlds()
     log_f, log_cf = (-F.cross_entropy(x, targets, reduction="none") for x in (logits_f, logits_cf))
-    rows = [[f"<code>{e(scene.model.tokenizer.bpe.decode([t], skip_special_tokens=False))}</code>",
-             f"{f:.3f}", f"{cf:.3f}", f"{f - cf:+.3f}"]
+    rows = [[scene.spelled(t), f"{f:.3f}", f"{cf:.3f}", f"{f - cf:+.3f}"]
             for t, f, cf in zip(targets.tolist(), log_f, log_cf)]
     return table(["token", "log p(x<sub>t</sub>)", "log p(x<sub>0</sub>)", "effect"], [
         *rows, ["the answer", f"{log_f.sum():.3f}", f"{log_cf.sum():.3f}",
@@ -303,8 +322,8 @@ def example_losses(scene: Scene) -> str:
     targets, logits_f, logits_cf = scene.worlds()
     effect = logits_f - logits_cf
     loss = F.cross_entropy(effect, targets, reduction="none")
-    rows = [[f"<code>{e(scene.model.tokenizer.bpe.decode([t], skip_special_tokens=False))}</code>",
-             f"{effect[i, t]:+.3f}", f"{effect[i].logsumexp(0):.3f}", f"{part:.4f}"]
+    rows = [[scene.spelled(t), f"{effect[i, t]:+.3f}", f"{effect[i].logsumexp(0):.3f}",
+             f"{part:.4f}"]
             for i, (t, part) in enumerate(zip(targets.tolist(), loss))]
     return table(["token y", "effect of y", "log Σ exp effect", "−log softmax"], [
         *rows, ["mean, which is L<sub>CT</sub>", "", "", f"{loss.mean():.4f}"]])
@@ -337,9 +356,8 @@ def example_curves(scene: Scene) -> str:
 
 def example_sum(scene: Scene) -> str:
     """Eq. 10: the losses of the sequence add up."""
-    batch = collate([scene.example]).to(device_of(scene.model))
     with torch.no_grad():
-        loss, loss_ta, loss_ct = cetrec_loss(scene.model, batch, scene.options.lambda_ct)
+        loss, loss_ta, loss_ct = cetrec_loss(scene.model, scene.batch, scene.options.lambda_ct)
     if loss_ct is None:
         return f"<p>λ = 0 in this run: L = L<sub>TA</sub> = {loss_ta:.4f}.</p>"
     return (f"<p>Of the sequence above: L = {loss_ta:.4f} + {scene.options.lambda_ct:g} · "
@@ -349,7 +367,8 @@ def example_sum(scene: Scene) -> str:
 def example_split(scene: Scene) -> str:
     """§5.1.1: the three parts and their dates."""
     rows = []
-    for name, part in zip(("train", "valid", "test"), scene.splits):
+    train_set, valid_set, _ = scene.inputs.splits
+    for name, part in zip(("train", "valid", "test"), (train_set, valid_set, scene.test_set)):
         times = part.times[part.targets]
         first, last = (str(np.datetime64(int(t), "s"))[:10] for t in (times.min(), times.max()))
         rows.append([name, f"{len(part):,}", first, last])
@@ -370,23 +389,21 @@ def example_metrics(scene: Scene) -> str:
 @torch.inference_mode()
 def example_beams(scene: Scene) -> str:
     """§5.1.4: five beams, their nearest titles, and the merged list."""
-    t, model = scene.test_set, scene.model
-    maker = GroundedBeams(model, t.titles, t.domain, scene.options.decoding())
-    history = t.history(scene.number)
-    prompt = encode_example(model.tokenizer, t.words(history), None, t.domain,
-                            t.ages(scene.number))
+    model, catalogue, titles = scene.model, scene.inputs.catalogue, scene.test_set.titles
+    history, ages = scene.test_set.history(scene.number), scene.test_set.ages(scene.number)
+    recommender = GroundedBeams(model, catalogue, scene.options.decoding())
+    (prompt,) = catalogue.prompts([history], None if ages is None else [ages])
     (answers,), (scores,) = beam_search(
-        model, [(prompt.tokens, prompt.item_pos)], 5, maker.longest, maker.shortest,
-        scene.options.length_penalty, model.tokenizer.eos_ids)
-    texts = [clean(model.tokenizer.decode(answer)) for answer in answers]
-    near = ground(model, texts, t.titles, length=20).tolist()
-    rows = [[e(text), f"{float(score):.2f}", e(t.titles[items[0]]), e(t.titles[items[1]])]
+        model, [(prompt.tokens, prompt.item_pos)], 5, recommender.longest, recommender.shortest,
+        scene.options.length_penalty, scene.tokenizer.eos_ids)
+    texts = [clean(scene.tokenizer.decode(answer)) for answer in answers]
+    near = ground(model, texts, catalogue, length=20).tolist()
+    rows = [[e(text), f"{float(score):.2f}", e(titles[items[0]]), e(titles[items[1]])]
             for text, score, items in zip(texts, scores, near)]
-    ten = merge_lists(near, history)
-    answer = t.target(scene.number)
-    listed = ", ".join(f"<b>{e(t.titles[i])}</b>" if i == answer else e(t.titles[i]) for i in ten)
+    listed = ", ".join(f"<b>{e(titles[i])}</b>" if titles[i] == scene.answer else e(titles[i])
+                       for i in merge_lists(near, history))
     return table(["beam", "score", "nearest title", "second-nearest"], rows) + (
-        f"<p>Merged, without the history: {listed}. The answer was {e(t.titles[answer])}.</p>")
+        f"<p>Merged, without the history: {listed}. The answer was {e(scene.answer)}.</p>")
 
 
 def example_reversal(scene: Scene) -> str:
@@ -487,7 +504,7 @@ section { padding: 2.2rem 0; border-top: 1px solid var(--line); }
 section > div { min-width: 0; }
 @media (min-width: 62rem) {
   section { display: grid; grid-template-columns: 5fr 8fr; gap: 2rem; } }
-math { font-size: 1.1rem; margin: .8rem 0; max-width: 100%; }
+math { font-size: min(1.1rem, 4.3vw); margin: .8rem 0; max-width: 100%; }
 mtable { border: solid; border-width: 0 1px; border-radius: .5em; padding: 0 .3em; }
 pre { margin: .2rem 0 0; padding: .8rem 1rem; background: var(--wash); white-space: break-spaces;
       overflow-wrap: anywhere; font: 11px/1.55 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
@@ -548,17 +565,17 @@ def main(argv: list[str] | None = None) -> int:
     ap.add_argument("--run", metavar="RUN", help="folder of a run of cetrec.py (default: a small "
                     "one is made, which takes half a minute)")
     add_flags(ap, Options, Where, only={"seed", "data_dir", "out"})
-    given = parse(ap, argv)
+    flags = parse(ap, argv)
 
     def work() -> None:
         """The page of the run that was asked for, or of a small one."""
-        for flag, wanted in (("seed", "a run that is made now"), ("data_dir", "--run")):
-            if flag in given and ("run" in given) != (wanted == "--run"):
-                raise ValueError(f"{as_flag(flag)} goes with {wanted}; drop it")
+        for flag, goes_with in (("seed", "a run that is made now"), ("data_dir", "--run")):
+            if flag in flags and ("run" in flags) != (goes_with == "--run"):
+                raise ValueError(f"{as_flag(flag)} goes with {goes_with}; drop it")
         if importlib.util.find_spec("pygments") is None:
             raise ValueError("the page wants Pygments to colour code; pip install pygments")
-        folder, out = given.pop("run", None), Path(given.pop("out", "."))
-        scene = scene_of(Path(folder) if folder else None, given)
+        folder, out = flags.pop("run", None), Path(flags.pop("out", "."))
+        scene = scene_of(Path(folder) if folder else None, flags)
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "page.html", page(scene, outcomes()).encode())
         print(f"written {out / 'page.html'}")

@@ -87,7 +87,7 @@ ANGLE = frac(i("k"), sup(n("10000"), row(n(2), i("t"), o("/"), i("d"))))
 class Passage:
     """One place of the paper."""
 
-    place: str                      # as experiments/readme.py names it
+    place: str                      # as the paper numbers it
     title: str
     words: str                      # paragraphs, apart by an empty line
     code: tuple[str, ...]           # functions and classes, by dotted names
@@ -146,7 +146,7 @@ nothing happens.
 
 Llama's published weights pair coordinate t with t + d/2 and not with its neighbour. Both are the
 same rotation in another order of coordinates; <code>rotary</code> follows the equation, and
-reorders.""",
+<code>rotate</code> the weights.""",
             ("cetrec.rotary", "llama.rotate"), "eq04",
             (equation(R_K, matrix((sub(i("x"), row(n(2), i("t"))),),
                                   (sub(i("x"), row(n(2), i("t"), PLUS, n(1))),)), EQ,
@@ -176,7 +176,7 @@ none.
 Which tokens an item has is decided by character offsets. That sounds trivial and is not: a token
 may reach over a closing quote. With the flag <code>--index time</code>, k is an age instead
 (D15).""",
-            ("cetrec.TemporalLlama", "data.Tokenizer.examples"), "eq06",
+            ("cetrec.TemporalLlama", "data.item_positions"), "eq06",
             (equation(X_T, EQ, sub(i("e"), i("t")), PLUS, sub(i("p"), row(i("k"), o("("), i("t"),
                                                                      o(")")))),)),
     Passage("§4.3", "The counterfactual world", """
@@ -186,9 +186,9 @@ text stays; what is erased is the temporal embedding's knowledge of it.
 
 §4.3 calls p₀ the <em>first</em> item's, where §4.2 gave it to the newest. It cannot be both; we
 take the newest (D1). Both worlds run as rows of one pass.""",
-            ("cetrec.erase_order", "cetrec.world_logits", "cetrec.twin_forward"), "sec4_3",
+            ("cetrec.erase_order", "cetrec.answer_logits", "cetrec.twin_forward"), "sec4_3",
             (equation(X_0, o(":"), o("&#x2003;"), sub(i("p"), i("k")), o("→"), sub(i("p"), n(0)),
-                      said(" for every item")),)),
+                      said("&#xa0;for every item")),)),
     Passage("Eq. 7", "The effect of order", """
 What order contributed to the prediction is what the two worlds differ by. In logits, a difference
 of two worlds is a ratio of their probabilities.
@@ -217,7 +217,7 @@ The two losses are added with a weight λ. The paper tries 0.01 to 10 and does n
 (D5); here it is 0.1.
 
 Only the factual world is used to recommend, so validation looks at L<sub>TA</sub> alone.""",
-            ("cetrec.cetrec_loss", "cetrec.backward"), "eq10",
+            ("cetrec.cetrec_loss", "cetrec.train"), "eq10",
             (equation(i("L"), EQ, L_TA, PLUS, LAMBDA, L_CT),)),
     Passage("§5.1.1", "Sequences and the split", """
 Every item of a user with at least three items before it is an answer, and up to ten items before
@@ -233,7 +233,7 @@ those of the history (D13).""",
             ("evaluate.hit_ratio", "evaluate.ndcg"), "sec5_1_2",
             (equation(i("NDCG@K"), EQ, frac(n(1), row(sub(i("log"), n(2)), o("("), i("rank"), PLUS,
                                                      n(2), o(")"))),
-                      said(" where "), i("rank"), o("&lt;"), i("K")),)),
+                      said("&#xa0;where&#xa0;"), i("rank"), o("&lt;"), i("K")),)),
     Passage("§5.1.4", "From free text to ten items", """
 Five beams write five texts. Each text is matched with the title whose embedding is nearest. Five
 texts give five items; their second-nearest titles complete the ten. Order, duplicates and ties are

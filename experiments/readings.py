@@ -20,12 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cetrec
-from cetrec import TemporalLlama, erase_order, temporal_aware_loss, world_logits
-from data import NO_ITEM, Batch, Example, Tokenizer
+from cetrec import (TemporalLlama, add_factors, answer_logits, cetrec_loss, erase_order,
+                    temporal_aware_loss, tune_and_evaluate)
+from data import IGNORE, NO_ITEM, Batch, Example, Tokenizer
+from llama import KeysValues
+from support import runs
 from support.files import write_json
 from support.options import Options, Where, add_flags, flag, parse
 from support.terminal import Parser, exit_status
+from support.trie import recommenders
 
 # ----------------------------------------------------------------------------------------------
 # Another index (D1), and a text whose order says nothing
@@ -34,16 +37,18 @@ from support.terminal import Parser, exit_status
 class Chronological(TemporalLlama):
     """k counts from the oldest item, which has 0, as §4.3 seems to have it."""
 
-    def forward(self, tokens: Tensor, item_pos: Tensor, cache=None, wanted=None) -> Tensor:
+    def forward(self, tokens: Tensor, item_pos: Tensor, positions: Tensor | None = None,
+                mask: Tensor | None = None, past: list[KeysValues] | None = None,
+                last: int = 0) -> tuple[Tensor, list[KeysValues]]:
         """As TemporalLlama, with item_pos counted from the newest item. In the erased world, where
         all items are at 0, they stay there."""
-        return super().forward(tokens, from_the_oldest(item_pos), cache, wanted)
+        return super().forward(tokens, from_the_oldest(item_pos), positions, mask, past, last)
 
 
 def from_the_oldest(item_pos: Tensor) -> Tensor:
     """k -> n - 1 - k in each row, n being its number of items.  (B, T) -> same"""
-    newest_last = item_pos.amax(dim=1, keepdim=True) - item_pos
-    return torch.where(item_pos == NO_ITEM, item_pos, newest_last)
+    oldest = item_pos.amax(dim=1, keepdim=True)
+    return torch.where(item_pos == NO_ITEM, item_pos, oldest - item_pos)
 
 
 class ShuffledText(Tokenizer):
@@ -53,10 +58,10 @@ class ShuffledText(Tokenizer):
         """As Tokenizer.examples. A history is shuffled in the same way each time."""
         orders = [np.random.default_rng([len(h), *map(len, h)]).permutation(len(h))
                   for h in histories]
-        told = ages if ages is not None else [None] * len(histories)
-        steps = [np.arange(len(h))[::-1] if k is None else k for h, k in zip(histories, told)]
+        ks = [np.arange(len(h))[::-1] if age is None else age
+              for h, age in zip(histories, ages or [None] * len(histories))]
         return super().examples([[h[i] for i in order] for h, order in zip(histories, orders)],
-                                targets, domain, [k[order] for k, order in zip(steps, orders)])
+                                targets, domain, [k[order] for k, order in zip(ks, orders)])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -76,7 +81,7 @@ def permute(item_pos: Tensor) -> Tensor:
     n = item_pos.amax(dim=1, keepdim=True) + 1                          # items of each row
     keys = torch.rand(len(item_pos), max(1, int(n.max())), device=item_pos.device)
     absent = torch.arange(keys.shape[1], device=n.device) >= n
-    other = keys.masked_fill(absent, 2).argsort(dim=1)                  # < n at all places < n
+    other = keys.masked_fill(absent, 2).argsort(dim=1)          # its first n are all below n
     return torch.where(item_pos == NO_ITEM, item_pos, other.gather(1, item_pos.clamp(min=0)))
 
 
@@ -86,7 +91,7 @@ def logits_difference(logits_f: Tensor, logits_cf: Tensor) -> Tensor:
 
 
 def stopped(logits_f: Tensor, logits_cf: Tensor) -> Tensor:
-    """The same, with gradients through the factual world only: the erased one is a given."""
+    """The same, with gradients through the factual world only: the erased one is a constant."""
     return logits_f - logits_cf.detach()
 
 
@@ -108,28 +113,26 @@ def entropy(logits: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Reading:
-    """One reading; the defaults are those of cetrec.py. Called like cetrec.cetrec_loss."""
+    """One reading; the defaults are those of cetrec.py."""
 
-    told: str
-    llama: type[TemporalLlama] = TemporalLlama
+    text: str
+    model: type[TemporalLlama] = TemporalLlama
     tokenizer: type[Tokenizer] = Tokenizer
-    erase: Callable = erase_order
-    effect: Callable = logits_difference
+    erase: Callable[[Tensor], Tensor] = erase_order
+    effect: Callable[[Tensor, Tensor], Tensor] = logits_difference
     notes: list[dict] = field(default_factory=list)
 
-    def wrap(self, model: TemporalLlama, splits) -> TemporalLlama:
-        """The model as this reading has it, round the same Llama."""
-        own = model.tokenizer
-        tokenizer = self.tokenizer(own.bpe, own.eos_ids, own.bos_id, own.pad_id)
-        return self.llama(model.llama, model.kind, model.scale, tokenizer, model.index, model.base)
-
-    def __call__(self, model: TemporalLlama, batch: Batch, lambda_ct: float) -> tuple:
+    def loss(self, model: TemporalLlama, batch: Batch,
+             lambda_ct: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As cetrec.cetrec_loss. Each call that runs two worlds adds a note of both."""
         if lambda_ct == 0:
-            return cetrec.cetrec_loss(model, batch, 0)
-        logits_f, logits_cf = world_logits(model, batch, batch.item_pos, self.erase(batch.item_pos))
-        loss_ta = temporal_aware_loss(logits_f, batch.targets)
-        loss_ct = F.cross_entropy(self.effect(logits_f, logits_cf), batch.targets)
-        with torch.no_grad():           # while tuning only: validation runs one world
+            return cetrec_loss(model, batch, 0)
+        targets = batch.answers[batch.answers != IGNORE]
+        worlds = torch.cat((batch.item_pos, self.erase(batch.item_pos)))
+        logits_f, logits_cf = answer_logits(model, batch, worlds).chunk(2)
+        loss_ta = temporal_aware_loss(logits_f, targets)
+        loss_ct = F.cross_entropy(self.effect(logits_f, logits_cf), targets)
+        with torch.no_grad():
             self.notes.append({"factual": entropy(logits_f), "erased": entropy(logits_cf),
                                "loss_ta": float(loss_ta), "loss_ct": float(loss_ct)})
         return loss_ta + lambda_ct * loss_ct, loss_ta, loss_ct
@@ -137,7 +140,7 @@ class Reading:
 
 READINGS = {
     "stated": Reading("as cetrec.py has it"),
-    "chronological": Reading("k counts from the oldest item (D1)", llama=Chronological),
+    "chronological": Reading("k counts from the oldest item (D1)", model=Chronological),
     "erase-to-oldest": Reading("the erased world puts every item where the oldest was (D1)",
                                erase=erase_to_oldest),
     "stopped": Reading("no gradients through the erased world (D3)", effect=stopped),
@@ -150,11 +153,25 @@ READINGS = {
                                       erase=permute)}
 
 
+def run(name: str, options: Options, out: Path) -> None:
+    """Tune and evaluate under a reading, in a new folder below `out`."""
+    reading = replace(READINGS[name], notes=[])
+    inputs = runs.open_inputs(options, out)
+    inputs.record["method"] = "cetrec" if name == "stated" else name
+    inputs = replace(inputs, tokenizer=reading.tokenizer(**vars(inputs.tokenizer)))
+    model = reading.model(inputs.llama, options.temporal, options.sinpe_scale)
+    add_factors(model, options)
+    lists = recommenders(model, inputs.catalogue, options)
+    folder = runs.start(out, options.temporal if name == "stated" else name, inputs)
+    tune_and_evaluate(inputs, model, lists, folder, reading.loss)
+    write_json(folder / "worlds.json", {"notes": reading.notes})    # in order, for each part
+
+
 @dataclass(frozen=True, kw_only=True)
 class Which:
     """The flag that only this command has."""
 
-    reading: str = flag("reading", "; ".join(f"{name}: {r.told}" for name, r in READINGS.items()),
+    reading: str = flag("reading", "; ".join(f"{name}: {r.text}" for name, r in READINGS.items()),
                         "stated", choices=[*READINGS])
 
 
@@ -165,20 +182,17 @@ def main(argv: list[str] | None = None) -> int:
                 "measures its own.")
     add_flags(ap, Which)
     add_flags(ap, Options, Where, only={f.name for f in (*fields(Options), *fields(Where))} - {
-        "resume", "eval_only", "reproduce", "shard", "index"})
-    given = parse(ap, argv)
+        "resume", "eval_only", "shard", "index"})
+    flags = parse(ap, argv)
 
     def work() -> None:
         """One run under the reading that was asked for."""
-        name, out = given.pop("reading", "stated"), Path(given.pop("out", "runs"))
-        options = Options.from_flags(given)
-        reading = replace(READINGS[name], notes=[])
+        name, out = flags.pop("reading", "stated"), Path(flags.pop("out", "runs"))
+        options = Options.from_flags(flags)
         if options.temporal == "none" or not options.lambda_ct:
             raise ValueError("readings differ in what they do with two worlds: give a --temporal "
                              "embedding and a --lambda-ct above 0")
-        method = cetrec.Method("cetrec" if name == "stated" else name, reading.wrap, reading)
-        folder = cetrec.run(options, out, method=method)
-        write_json(folder / "worlds.json", {"notes": reading.notes})    # in order, for each part
+        run(name, options, out)
     return exit_status(work)
 
 

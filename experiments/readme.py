@@ -4,13 +4,12 @@
 
 A part stands between a line that names it and a line that ends it:
 
-    <!-- made: map -->                  one of PARTS below, or a file of kept records
+    <!-- made: flags -->                one of PARTS below, or a file of kept records
     <!-- end -->
 
 The first run is what `python cetrec.py > experiments/results/first-run.txt` printed.
 """
 
-import ast
 import re
 import sys
 from dataclasses import fields
@@ -24,86 +23,12 @@ from support.options import Options, Where, as_flag, told_default
 from support.terminal import Parser, exit_status
 
 ROOT = Path(__file__).parent.parent
-FIVE = ("llama", "lora", "data", "cetrec", "evaluate")
 PART = re.compile(r"(<!-- made: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-# Place in the paper -> what is there, and how the names of its tests in test_equations.py begin.
-PLACES = {
-    "Table 1": ("the prompt, quoted titles", "table1"),
-    "Eq. 1": ("the answer's likelihood, token by token", "eq01"),
-    "Eq. 2": ("Θ frozen, Φ tuned", "eq02"),
-    "Eq. 3": ("sinusoidal p_k", "eq03"),
-    "Eq. 4": ("rotary R_k", "eq04"),
-    "Eq. 5": ("attention under rotation", "eq05"),
-    "Eq. 6": ("one p_k for all tokens of item k", "eq06"),
-    "§4.2": ("temporal embeddings", "eq06"),
-    "§4.3": ("order erased; the twin network", "sec4_3"),
-    "§4.4": ("the losses, and the one world that recommends", "eq10"),
-    "Eq. 7": ("the effect of order on the answer", "eq07"),
-    "Eq. 8": ("L_CT, of the difference f(x_t) − f(x_0)", "eq08"),
-    "Eq. 9": ("L_TA", "eq09"),
-    "Eq. 10": ("L = L_TA + λ L_CT", "eq10"),
-    "§5.1.1": ("windows of 3 to 10, split 8:1:1 by time", "sec5_1_1"),
-    "§5.1.2": ("HR@K, NDCG@K over all items", "sec5_1_2"),
-    "§5.1.3": ("w.o. CT: λ = 0; w.o. Both, which is BIGRec: `--temporal none`", "eq10_lambda_0"),
-    "§5.1.4": ("five beams, grounded, merged", "sec5_1_4"),
-    "§5.4": ("reversed histories (Fig. 4)", "sec5_4")}
-
-# ----------------------------------------------------------------------------------------------
-# The map from the paper to the code
-
-
-def places_in(text: str) -> set[str]:
-    """The places of the paper that a docstring names: "Eq. 7 to 9 in §4.4" -> four of them.
-
-    §4.2.1 is in §4.2; sections of §5 count by themselves.
-    """
-    found = {f"Table {number}" for number in re.findall(r"Table (\d+)", text)}
-    for first, more in re.findall(r"Eqs?\. (\d+)((?:(?:, | and | to )\d+)*)", text):
-        numbers = [int(first)]
-        for between, number in re.findall(r"(, | and | to )(\d+)", more):
-            numbers += (range(numbers[-1] + 1, int(number) + 1) if between == " to " else
-                        [int(number)])
-        found |= {f"Eq. {number}" for number in numbers}
-    found |= {f"§{section}" for section in re.findall(r"§(4\.\d|5(?:\.\d)+)", text)}
-    return found
-
-
-def code_of_places(sources: dict[str, str]) -> dict[str, list[str]]:
-    """Place -> the functions and classes whose docstrings name it; sources by module."""
-    found: dict[str, list[str]] = {}
-
-    def visit(node: ast.AST, name: str) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
-                for place in places_in(ast.get_docstring(child) or ""):
-                    found.setdefault(place, []).append(f"{name}.{child.name}")
-                visit(child, f"{name}.{child.name}")
-    for module, source in sources.items():
-        visit(ast.parse(source), module)
-    return found
 
 
 def names_of_tests(beginning: str, source: str) -> list[str]:
-    """The tests in a source whose names go on so after "test_"."""
+    """The tests in a source whose names continue so after "test_"."""
     return re.findall(rf"^def (test_{beginning}\w*)", source, re.MULTILINE)
-
-
-def paper_map() -> list[str]:
-    """Every place of the paper with its code and its tests.
-
-    Raises ValueError for a place that has no code, or no test.
-    """
-    code = code_of_places({name: (ROOT / f"{name}.py").read_text("utf-8") for name in FIVE})
-    tests = (ROOT / "tests" / "test_equations.py").read_text("utf-8")
-    lines = ["| paper | what | code | tests in `tests/test_equations.py` |", "|---|---|---|---|"]
-    for place, (what, beginning) in PLACES.items():
-        if place not in code or not (here := names_of_tests(beginning, tests)):
-            raise ValueError(f"{place} has no function, or no test: name it in a docstring of the "
-                             f"five files, and begin a test's name with test_{beginning}")
-        names = ", ".join(f"`{name}`" for name in code[place])
-        lines.append(f"| {place} | {what} | {names} | {len(here)}: `test_{beginning}…` |")
-    return lines
 
 
 # ----------------------------------------------------------------------------------------------
@@ -120,12 +45,9 @@ def printed() -> tuple[list[str], list[str]]:
 
 def first_run() -> list[str]:
     """The lines of the first run's output that a reader wants first."""
-    before, rows = printed()
-    data, *steps, epoch = [line for line in before if line.startswith(("data ", "step ", "epoch "))]
-    shown = [line for line in rows if not line.startswith((
-        "  reversed", "  shuffled", "  change, shuffled", "co-occurrence, whole"))]
-    between = f"{'...':<56}the base is made; one prompt with each item's k is shown"
-    return ["```", data, between, steps[-1], epoch, *shown, "```"]
+    _, rows = printed()
+    return ["```", *(line for line in rows if not line.startswith((
+        "  reversed", "  shuffled", "  change, shuffled", "co-occurrence, whole"))), "```"]
 
 
 def first_table() -> list[str]:
@@ -134,21 +56,16 @@ def first_table() -> list[str]:
 
 
 def results() -> list[str]:
-    """Table 4 on every data set that has records, in short: ten beams on titles, and what counting
+    """HR@10 of Table 4 on every data set that has records, ten beams on titles, and what counting
     reaches."""
-    made, counted = "10 beams on titles", "co-occurrence, whole history"
-    lines = [f"| | {' | '.join(ABLATION)} | {counted} |", "|---|" + "---|" * (len(ABLATION) + 1)]
-    for metric, ending, form in (("HR@10", "", ".3f"),
-                                 ("NDCG@10 reversed, %", " | change, reversed", "+.0f")):
-        column = list(METRICS).index(metric.split()[0])
-        for path in sorted(RESULTS.glob("TABLE4-*.jsonl")):
-            records = rows_of(read_records(path))
-            cells = [spread(means(records[name], made + ending)[:, column], form)
-                     for name in ABLATION]
-            cells.append("" if ending else spread(
-                means(records["w.o. Both"], counted)[:, column], form))
-            data = path.stem.removeprefix("TABLE4-")
-            lines.append(f"| {data}, {metric} | {' | '.join(cells)} |")
+    found = {path.stem.removeprefix("TABLE4-"): rows_of(read_records(path))
+             for path in sorted(RESULTS.glob("TABLE4-*.jsonl"))}
+    column, counting = list(METRICS).index("HR@10"), "co-occurrence, whole history"
+    lines = [f"| HR@10 | {' | '.join(found)} |", "|---|" + "---|" * len(found)]
+    for name, row in [*((name, "10 beams on titles") for name in ABLATION), (None, counting)]:
+        cells = [spread(means(records[name or "w.o. Both"], row)[:, column], ".3f")
+                 for records in found.values()]
+        lines.append(f"| {name or counting} | {' | '.join(cells)} |")
     return lines
 
 
@@ -189,7 +106,7 @@ def effects() -> list[str]:
 # ----------------------------------------------------------------------------------------------
 # The command
 
-PARTS = {"map": paper_map, "first-run": first_run, "first-table": first_table,
+PARTS = {"first-run": first_run, "first-table": first_table,
          "results": results, "flags": flags, "worlds": worlds, "effects": effects}
 
 

@@ -18,10 +18,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from evaluate import METRICS, format_table, mean_and_error, summarise
+from evaluate import METRICS, mean_and_error, summarise
 from experiments import figures
 from experiments.markup import e, score_table, table
+from support.counting import format_table
 from support.files import read_object
+from support.options import LISTS
 from support.runs import read_catalogue
 from support.terminal import Parser, exit_status
 
@@ -76,11 +78,13 @@ class Run:
     def kinds(self) -> dict[str, str]:
         """Kind of list -> the name that it has in rows and arrays.
 
-        Baselines that score every item have one list only. It is compared with lists of all kinds.
+        Rows stand in the order of support.trie.recommenders, kinds in that of the flag. Baselines
+        that score every item have one list only. It is compared with lists of all kinds.
         """
-        kinds = list(dict.fromkeys(self.options["lists"]))
+        kinds = [kind for kind in reversed(LISTS) if kind in self.options["lists"]]
         names = [name for name in self.record["rows"] if f"values/{name}/original" in self.arrays]
-        return dict(zip(kinds, names if len(names) > 1 else names * len(kinds)))
+        named = dict(zip(kinds, names if len(names) > 1 else names * len(kinds)))
+        return {kind: named[kind] for kind in self.options["lists"] if kind in named}
 
     @property
     def lists(self) -> list[str]:
@@ -181,15 +185,15 @@ def recommended(run: Run) -> tuple[list[str], dict[str, list[str]]]:
     lists = {name: run.arrays[f"lists/{name}/original"] for name in run.lists}
     exact = lists.get(run.kinds.get("exact"))
     lines = {}
-    for name, made in lists.items():
-        used, valid = made[made >= 0], run.arrays[f"valid/{name}/original"]
+    for name, tens in lists.items():
+        used, valid = tens[tens >= 0], run.arrays[f"valid/{name}/original"]
         cells = [f"{100 * len(np.unique(used)) / len(run.titles):.1f} %",
                  f"{popularity[used].mean():.1f}"]
         cells += [f"{100 * part.mean():.1f} %" for part in (valid, valid[:, :1])
                   ] if valid.size else ["", ""]
-        cells += [] if exact is None or made is exact else [
-            f"{100 * agreement(exact, made):.1f} %",
-            f"{100 * (exact[:, 0] == made[:, 0]).mean():.1f} %"]
+        cells += [] if exact is None or tens is exact else [
+            f"{100 * agreement(exact, tens):.1f} %",
+            f"{100 * (exact[:, 0] == tens[:, 0]).mean():.1f} %"]
         lines[name] = cells
     lines["test answers"] = ["", f"{popularity[targets].mean():.1f}"]
     shown = [i for i in range(len(COLUMNS)) if any("".join(c[i:i + 1]) for c in lines.values())]
@@ -302,34 +306,35 @@ def common_sequences(first: Run, run: Run) -> tuple[np.ndarray, np.ndarray]:
 
     Raises ValueError if there are none, or if they are not the same in both.
     """
-    _, here, there = np.intersect1d(first.arrays["sequence"], run.arrays["sequence"],
-                                    return_indices=True)
-    if first.titles != run.titles or not np.array_equal(cases(first, here), cases(run, there)):
+    _, of_first, of_run = np.intersect1d(first.arrays["sequence"], run.arrays["sequence"],
+                                         return_indices=True)
+    if first.titles != run.titles or not np.array_equal(cases(first, of_first),
+                                                        cases(run, of_run)):
         raise ValueError(f"{run.name} was tested on other data than {first.name}; wanted runs of "
                          "one data set, prepared alike")
-    if not len(here):
+    if not len(of_run):
         raise ValueError(f"{run.name} shares no test sequence with {first.name}; evaluate both "
                          "with --eval-sequences 0")
-    return here, there
+    return of_first, of_run
 
 
 def kind_rows(runs: Sequence[Run], kind: str) -> dict[str, dict]:
     """What lists of one kind are worth, and what reversal changes: two rows for each run."""
     rows = {}
     for run in runs:
-        name, told = run.kinds[kind], f"{run.name}, {run.setting}"
-        rows[told] = run.record["rows"][name]
-        rows[f"{told} | change, reversed"] = run.record["rows"][f"{name} | change, reversed"]
+        name, scores = run.kinds[kind], run.record["rows"]
+        rows[f"{run.name}, {run.setting}"] = scores[name]
+        rows[f"{run.name}, {run.setting} | change, reversed"] = scores[f"{name} | change, reversed"]
     return rows
 
 
 def differences(first: Run, run: Run, kind: str) -> tuple[str, list[list[str]]]:
     """What lists of one kind are worth in a run, minus what they are worth in the first: a line on
     that, and for each metric its name, the difference and its interval."""
-    here, there = common_sequences(first, run)
-    one = first.arrays[f"values/{first.kinds[kind]}/original"][here]
-    other = run.arrays[f"values/{run.kinds[kind]}/original"][there]
-    return (f"{run.name} minus {first.name} on the same {len(here):,} test sequences, with the 95 "
+    of_first, of_run = common_sequences(first, run)
+    one = first.arrays[f"values/{first.kinds[kind]}/original"][of_first]
+    other = run.arrays[f"values/{run.kinds[kind]}/original"][of_run]
+    return (f"{run.name} minus {first.name} on the same {len(one):,} test sequences, with the 95 "
             "% interval of a paired bootstrap"), [
             [name, f"{difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]"]
             for name, (difference, low, high) in paired_bootstrap(one, other).items()]
@@ -371,8 +376,8 @@ def compare(runs: Sequence[Run]) -> str:
     lines = protocols(runs)
     for names, rows, gaps in compared(runs):
         lines += ["", names, format_table(rows)]
-        for told, of_metrics in gaps:
-            lines.append(told)
+        for heading, of_metrics in gaps:
+            lines.append(heading)
             lines += [f"  {name:<8}{gap}  {interval}" for name, gap, interval in of_metrics]
     return "\n".join(lines)
 
@@ -382,10 +387,10 @@ def compared_shown(runs: Sequence[Run]) -> str:
     parts = [f"<p>{e(line)}</p>" for line in protocols(runs)]
     for names, rows, gaps in compared(runs):
         parts += [f"<h3>{e(names)}</h3>", score_table(rows)]
-        for told, of_metrics in gaps:
+        for heading, of_metrics in gaps:
             parts.append(table(["", *(name for name, _, _ in of_metrics)], [
                 ["difference", *(gap for _, gap, _ in of_metrics)],
-                ["interval", *(interval for _, _, interval in of_metrics)]], e(told)))
+                ["interval", *(interval for _, _, interval in of_metrics)]], e(heading)))
     return "\n".join(parts)
 
 
@@ -397,13 +402,13 @@ def telling_user(run: Run, without: Run | None = None) -> int:
     """The first test sequence whose answer the run lists as long as the history is in order, and
     another run, if given, does not list; else the first of all."""
     def lists_answer(of_run: Run, order: str) -> np.ndarray:
-        made = of_run.arrays[f"lists/{of_run.lists[0]}/{order}"]
-        return (made == of_run.arrays["target"][:, None]).any(axis=1)
+        tens = of_run.arrays[f"lists/{of_run.lists[0]}/{order}"]
+        return (tens == of_run.arrays["target"][:, None]).any(axis=1)
     served = lists_answer(run, "original") & ~lists_answer(run, "reversed")
     if without is not None:
-        here, there = common_sequences(run, without)
+        of_run, of_other = common_sequences(run, without)
         missed = np.zeros(len(served), dtype=bool)
-        missed[here] = ~lists_answer(without, "original")[there]
+        missed[of_run] = ~lists_answer(without, "original")[of_other]
         served &= missed
     return int(np.argmax(served))
 
@@ -411,12 +416,12 @@ def telling_user(run: Run, without: Run | None = None) -> int:
 def change_rates(runs: Sequence[Run], kind: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Fig. 4's bars for one kind of list: what reversal changes in each run; for a single run what
     reversal and shuffling change.  name -> (mean (4,), error (4,)), per cent"""
-    def bars(run: Run, how: str) -> tuple[np.ndarray, np.ndarray]:
-        scores = run.record["rows"][f"{run.kinds[kind]} | change, {how}"]
+    def bars(run: Run, order: str) -> tuple[np.ndarray, np.ndarray]:
+        scores = run.record["rows"][f"{run.kinds[kind]} | change, {order}"]
         mean, error = np.array([scores[metric] for metric in METRICS], dtype=float).T
         return mean, error
     if len(runs) == 1:
-        return {how: bars(runs[0], how) for how in ("reversed", "shuffled")}
+        return {order: bars(runs[0], order) for order in ("reversed", "shuffled")}
     return {f"{run.name}, {run.setting}": bars(run, "reversed") for run in runs
             if kind in run.kinds}
 
@@ -477,13 +482,13 @@ def main(argv: list[str] | None = None) -> int:
                     "listed, and is not when the history is reversed)")
     ap.add_argument("--out", metavar="DIR", help="folder for figures and report.html (default: the "
                     "run's own; for several runs, comparison beside the first)")
-    given = ap.parse_args(argv)
+    flags = ap.parse_args(argv)
 
     def work() -> None:
-        runs, first = read_runs(given.runs), Path(given.runs[0])
+        runs, first = read_runs(flags.runs), Path(flags.runs[0])
         print(compare(runs) if len(runs) > 1 else describe(runs[0]))
         beside = first if len(runs) == 1 else first.resolve().parent / "comparison"
-        print(write_report(runs, Path(given.out or beside), given.user))
+        print(write_report(runs, Path(flags.out or beside), flags.user))
     return exit_status(work)
 
 

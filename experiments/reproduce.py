@@ -4,6 +4,7 @@
     python -m experiments.reproduce WORLD --seeds 0 1 2 3 4
     python -m experiments.reproduce READINGS --recorded      the table of the kept records, at once
     python -m experiments.reproduce READINGS --verify        run its quick cells again, and compare
+    python -m experiments.reproduce runs/ml-100k-rope-1      do a run of cetrec.py again; compare
 
 TABLE4    what temporal embeddings and counterfactual tuning add (Table 4)
 FIGURE4   by how much the metrics change when test histories are reversed (Fig. 4)
@@ -14,12 +15,13 @@ READINGS  every other reading of the paper that docs/readings.md names
 WORLD     synthetic worlds in which order counts, or time, and what the best recommenders reach
 
 A cell is one run of cetrec.py or of experiments.readings with one seed; cells that are there are
-not made again (experiments/cells.py). At the end TARGET-DATA.md and TARGET-DATA.jsonl are written
+not run again (experiments/cells.py). At the end TARGET-DATA.md and TARGET-DATA.jsonl are written
 below --out: the tables, and the records that they are made of, which are what run.json of each cell
 has for them. Records of that kind are kept in experiments/results.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,20 +29,25 @@ from pathlib import Path
 import numpy as np
 
 import cetrec
+from cetrec import TemporalLlama, add_factors, tune_and_evaluate
 from evaluate import METRICS
 from experiments import figures, readings
 from experiments.cells import Cells
 from experiments.report import Run, common_sequences, paired_bootstrap, telling_user
+from support.checkpoints import find_checkpoint
 from support.files import read_object, write_whole
 from support.options import Options, Where, add_flags, as_flag, parse
+from support.processes import rank
+from support.runs import open_inputs, resumable, start
 from support.terminal import Parser, exit_status
+from support.trie import recommenders
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = {"data", "data_dir", "sample", "model", "chronological", "limit_train", "lr", "epochs",
           "batch_size", "max_steps", "lists", "eval_sequences", "device", "dtype", "micro_batch",
           "out"}
-HERE = {"data_dir", "model", "device", "dtype", "micro_batch"}  # of one machine, not of the record
-NAMING = ("data", "chronological", "limit_train", "model")      # what records are told apart by
+LOCAL = {"data_dir", "model", "device", "dtype", "micro_batch"}     # of one machine, not recorded
+NAMING = ("data", "chronological", "limit_train", "model")      # what tells records apart
 BEYOND = ("best, clock-aware", "best, order-aware", "best, order-blind",
           "co-occurrence, newest item", "co-occurrence, whole history", "popularity")
 SHARES = (0, 0.05, 0.1, 0.25, 0.5, 1)
@@ -88,13 +95,13 @@ def world_sections() -> Iterable[Section]:
     """Worlds by what counts in them: nothing but the set, order, or order and time."""
     def rows(kinds: Iterable[str], indices: Iterable[str], more: list[str]) -> dict:
         """w.o. Both, and each embedding by each index with and without L_CT."""
-        made = {"w.o. Both": [*PLAIN, *more]}
+        found = {"w.o. Both": [*PLAIN, *more]}
         for kind in kinds:
             for index in indices:
                 by = ["--index", index, *more]
-                made |= {f"w.o. CT, {kind}, {index}": tuned(kind, "0", *by),
-                         f"CETRec, {kind}, {index}": tuned(kind, "0.1", *by)}
-        return made
+                found |= {f"w.o. CT, {kind}, {index}": tuned(kind, "0", *by),
+                          f"CETRec, {kind}, {index}": tuned(kind, "0.1", *by)}
+        return found
     titles, both = ["--lists", "titles"], ("order", "time")
     everything = ("rope", "rope-attention", "sinpe")
     yield "Order and time count nothing (s = 0)", rows(
@@ -172,11 +179,11 @@ def table(records: Records) -> list[str]:
         effect = (spread([r["effect"][0] for r in of_seeds], "+.2f") if of_seeds[0]["effect"]
                   else "")
         loss = spread([r["validation_ta"] for r in of_seeds])
-        for made in lists_of(of_seeds[0]):
-            cells = " | ".join(map(spread, means(of_seeds, made).T))
-            change = " | ".join(spread(means(of_seeds, f"{made} | change, {how}")[:, -1], "+.1f")
-                                for how in ("reversed", "shuffled"))
-            lines.append(f"| {name} | {made} | {cells} | {change} | {effect} | {loss} |")
+        for kind in lists_of(of_seeds[0]):
+            cells = " | ".join(map(spread, means(of_seeds, kind).T))
+            change = " | ".join(spread(means(of_seeds, f"{kind} | change, {order}")[:, -1], "+.1f")
+                                for order in ("reversed", "shuffled"))
+            lines.append(f"| {name} | {kind} | {cells} | {change} | {effect} | {loss} |")
     of_seeds = next(iter(records.values()))
     for name in BEYOND:
         if name in of_seeds[0]["rows"]:
@@ -213,10 +220,10 @@ def changes(records: Records) -> list[str]:
     """Fig. 4: by how much each metric changes under reversal, in per cent."""
     lines = [f"| reversed, % | list | {' | '.join(METRICS)} |", "|---|---|" + "---|" * len(METRICS)]
     for name, of_seeds in records.items():
-        for made in lists_of(of_seeds[0]):
-            rates = means(of_seeds, f"{made} | change, reversed").T
+        for kind in lists_of(of_seeds[0]):
+            rates = means(of_seeds, f"{kind} | change, reversed").T
             cells = " | ".join(spread(values, "+.1f") for values in rates)
-            lines.append(f"| {name} | {made} | {cells} |")
+            lines.append(f"| {name} | {kind} | {cells} |")
     return lines
 
 
@@ -230,15 +237,15 @@ def compared(runs: dict[str, list[Run]]) -> list[str]:
     lines = [f"| minus {first} | list | {' | '.join(METRICS)} |",
              "|---|---|" + "---|" * len(METRICS)]
     for name, of_seeds in others:
-        for kind, made in of_seeds[0].kinds.items():
+        for kind, row in of_seeds[0].kinds.items():
             pairs = []
             for one, other in zip(base, of_seeds):
-                here, there = common_sequences(one, other)
-                pairs.append((one.arrays[f"values/{one.kinds[kind]}/original"][here],
-                              other.arrays[f"values/{other.kinds[kind]}/original"][there]))
+                rows, other_rows = common_sequences(one, other)
+                pairs.append((one.arrays[f"values/{one.kinds[kind]}/original"][rows],
+                              other.arrays[f"values/{other.kinds[kind]}/original"][other_rows]))
             gains = paired_bootstrap(*(np.concatenate(values) for values in zip(*pairs)))
             cells = [f"{d:+.4f} [{low:+.4f}, {high:+.4f}]" for d, low, high in gains.values()]
-            lines.append(f"| {name} | {made} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {row} | {' | '.join(cells)} |")
     return lines
 
 
@@ -272,31 +279,31 @@ def drawing(target: str, runs: dict[str, list[Run]], records: Records):
 
 
 # ----------------------------------------------------------------------------------------------
-# The command
+# The cells, tables and records of a target
 
 
-def flags_of(row: list[str], seed: int, given: dict) -> tuple[Callable, list[str]]:
-    """The command of a cell, and all its flags; those of its row count more than those given."""
+def command_of(row: list[str], seed: int, flags: dict) -> tuple[Callable, list[str]]:
+    """The command of a cell, and all its arguments; those of its row count more than the flags."""
     command = readings.main if "--reading" in row else cetrec.main
-    shared = [x for key, value in (given | {"seed": seed}).items() if as_flag(key) not in row
+    shared = [x for key, value in (flags | {"seed": seed}).items() if as_flag(key) not in row
               for x in ([as_flag(key)] if value is True else [as_flag(key), str(value)])]
     return command, [*row, *shared]
 
 
-def reproduce(target: str, seeds: list[int], given: dict, out: Path) -> list[str]:
+def reproduce(target: str, seeds: list[int], flags: dict, out: Path) -> list[str]:
     """Run what is not there; write tables, records and figures. Returns the tables as Markdown."""
     sections = list(TARGETS[target]())
     cells = Cells(out, sum(len(rows) for _, rows in sections) * len(seeds))
-    kept, figure, stated = [], None, {key: given[key] for key in given.keys() - HERE}
+    kept, figure, stated = [], None, {key: flags[key] for key in flags.keys() - LOCAL}
     for title, rows in sections:
-        runs = {name: [Run.from_folder(cells.folder(*flags_of(row, seed, given)))
+        runs = {name: [Run.from_folder(cells.folder(*command_of(row, seed, flags)))
                        for seed in seeds] for name, row in rows.items()}
         records = {name: list(map(short, of_seeds)) for name, of_seeds in runs.items()}
         kept += [{"section": title, "row": name, "given": stated} | record
                  for name, of_seeds in records.items() for record in of_seeds]
         kept += [{"section": title, "compared": line} for line in compared(runs)]
         figure = drawing(target, runs, records)
-    name, lines = name_of(target, given), told(target, kept)
+    name, lines = name_of(target, flags), told(target, kept)
     write_whole(out / f"{name}.jsonl", "".join(json.dumps(x) + "\n" for x in kept).encode())
     write_whole(out / f"{name}.md", ("\n".join(lines) + "\n").encode())
     if figure is not None:
@@ -304,11 +311,11 @@ def reproduce(target: str, seeds: list[int], given: dict, out: Path) -> list[str
     return [*lines, "", f"written {out / name}.md, .jsonl{' and .svg' if figure else ''}"]
 
 
-def name_of(target: str, given: dict) -> str:
+def name_of(target: str, flags: dict) -> str:
     """What a target's files are called."""
-    said = {"data": "synthetic"} | given
-    return "-".join([target, *(key if said[key] is True else Path(str(said[key])).name
-                               for key in NAMING if said.get(key))])
+    flags = {"data": "synthetic"} | flags
+    return "-".join([target, *(key if flags[key] is True else Path(str(flags[key])).name
+                               for key in NAMING if flags.get(key))])
 
 
 def told(target: str, kept: list[dict]) -> list[str]:
@@ -345,9 +352,9 @@ def record_file(folder: Path, name: str) -> Path:
     return folder / f"{name.replace('FIGURE4', 'TABLE4')}.jsonl"
 
 
-def recorded(target: str, given: dict) -> list[dict]:
+def recorded(target: str, flags: dict) -> list[dict]:
     """The kept records of a target. Raises FileNotFoundError."""
-    path = record_file(RESULTS, name_of(target, given))
+    path = record_file(RESULTS, name_of(target, flags))
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; there are records of "
                                 f"{', '.join(sorted(p.stem for p in RESULTS.glob('*.jsonl')))}")
@@ -359,17 +366,17 @@ def read_records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def verify(target: str, count: int, given: dict, out: Path) -> list[str]:
+def verify(target: str, count: int, flags: dict, out: Path) -> list[str]:
     """Run the quickest cells of the kept records again. Raises ValueError where a metric is more
     than three standard errors away: another processor rounds otherwise, which tuning carries on."""
     rows = dict(TARGETS[target]())
-    cells = [entry for entry in recorded(target, given) if "row" in entry]
+    cells = [entry for entry in recorded(target, flags) if "row" in entry]
     cells = sorted(cells, key=lambda cell: cell["seconds"])[:count]
     runs, lines, far = Cells(out, len(cells)), [], 0.0
     for was in cells:
-        command, flags = flags_of(rows[was["section"]][was["row"]], was["seed"], was["given"] | {
-            key: given[key] for key in given.keys() & HERE})
-        now = short(Run.from_folder(runs.folder(command, flags)))
+        command, argv = command_of(rows[was["section"]][was["row"]], was["seed"], was["given"] | {
+            key: flags[key] for key in flags.keys() & LOCAL})
+        now = short(Run.from_folder(runs.folder(command, argv)))
         gaps = {}
         for row, scores in was["rows"].items():
             (old, error), (new, _) = (np.array(x).T for x in (scores, now["rows"][row]))
@@ -384,11 +391,81 @@ def verify(target: str, count: int, given: dict, out: Path) -> list[str]:
     return lines
 
 
+# ----------------------------------------------------------------------------------------------
+# One run, done again
+
+
+def run_again(folder: Path, flags: dict) -> None:
+    """Do a finished run of cetrec.py again in a new folder, and print where the two differ.
+
+    A tiny base that is not below the new folder's parent is made again. Raises FileNotFoundError or
+    ValueError, also where data or base are not what they were.
+    """
+    if extra := sorted(flags.keys() - {"data_dir", "device", "model", "out"}):
+        raise ValueError(f"{folder}: a run is done again with its own data, base and tuning; that "
+                         f"does not go with {', '.join(map(as_flag, extra))}")
+    saved = read_object(folder / "run.json")
+    changes = {key: flags[key] for key in flags.keys() & {"data_dir", "device"}}
+    try:
+        if saved["method"] != "cetrec":
+            raise ValueError(f"{folder}: a run of {saved['method']}; only those of cetrec.py are "
+                             "done again")
+        options = Options.from_record(saved["options"], **{"shard": False} | changes)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'run.json'}: not the record of a run of this version "
+                         f"({error!r})") from None
+    if "rows" not in saved:
+        raise ValueError(f"{folder}: this run is not complete; python cetrec.py --resume {folder} "
+                         "continues it")
+    options.check_use(changes)
+    out = Path(flags.get("out", folder.parent))
+    source = find_checkpoint(flags["model"]) if "model" in flags else None
+    inputs = open_inputs(options, out, source, same_as=folder)
+    model = TemporalLlama(inputs.llama, options.temporal, options.sinpe_scale)
+    add_factors(model, options)
+    lists = recommenders(model, inputs.catalogue, options)
+    again = start(out, options.temporal, inputs)
+    with resumable(again):
+        tune_and_evaluate(inputs, model, lists, again)
+    if not rank():
+        print(differences(folder, again))
+
+
+def differences(folder: Path, again: Path) -> str:
+    """Where losses and metrics of two runs differ most, as two lines."""
+    logs, tables = [], []
+    for run in (folder, again):
+        entries = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
+        logs.append({(entry["step"], key): value for entry in entries
+                     for key, value in entry.items()
+                     if key in ("loss", "loss_ta", "loss_ct", "validation_ta")})
+        tables.append({(row, metric): value[0]
+                       for row, values in read_object(run / "run.json")["rows"].items()
+                       for metric, value in values.items()})
+    lines = [f"{folder} and {again}, which does it again:"]
+    for name, (one, other) in (("losses", logs), ("metrics", tables)):
+        gaps = {key: 0.0 if str(one.get(key)) == str(other.get(key)) else    # nan equals nan, too
+                abs(one[key] - other[key]) if key in one.keys() & other.keys() else math.inf
+                for key in one | other}
+        worst = max(gaps, key=gaps.get)
+        lines.append(f"  {len(gaps):,} {name} | " + (
+            "all the same, to the last digit" if not gaps[worst] else f"the largest difference is "
+            f"{gaps[worst]:.2g}, of {worst[1]} at {worst[0]}"))
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------
+# The command
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, print and write. Returns the exit status."""
-    ap = Parser(prog="python -m experiments.reproduce", usage="TARGET [flags]",
-                description="Make a table or a figure of the paper, or of this project's own.")
-    ap.add_argument("target", choices=[*TARGETS], help=f"one of {', '.join(TARGETS)}")
+    ap = Parser(prog="python -m experiments.reproduce", usage="TARGET|RUN [flags]",
+                description="Make a table or a figure of the paper, or of this project's own; or "
+                "do a run of cetrec.py again.")
+    ap.add_argument("target", metavar="TARGET|RUN", help=f"one of {', '.join(TARGETS)}; or the "
+                    "folder of a run, which is done again beside it, and compared; that goes with "
+                    "--out, --device, --data-dir, and --model where its base has moved")
     ap.add_argument("--seeds", type=int, nargs="+", metavar="N",
                     help="one run of every cell for each (default: 0 1 2)")
     kept = ap.add_mutually_exclusive_group()
@@ -398,30 +475,37 @@ def main(argv: list[str] | None = None) -> int:
                       help="run the N quickest cells of the kept records again, and compare "
                       "(default: 3)")
     add_flags(ap, Options, Where, only=SHARED)
-    given = parse(ap, argv)
+    flags = parse(ap, argv)
 
     def work() -> None:
         """What the flags ask for."""
-        target, out = given.pop("target"), Path(given.pop("out", "runs")) / "reproduce"
-        recorded_only, count = given.pop("recorded", False), given.pop("verify", None)
+        target = flags.pop("target")
+        if (Path(target) / "run.json").is_file():
+            run_again(Path(target), flags)
+            return
+        if target not in TARGETS:
+            raise ValueError(f"{target}: neither one of {', '.join(TARGETS)} nor the folder of a "
+                             "run")
+        out = Path(flags.pop("out", "runs")) / "reproduce"
+        recorded_only, count = flags.pop("recorded", False), flags.pop("verify", None)
         if recorded_only or count is not None:
-            ours, more = ("--recorded", set()) if recorded_only else ("--verify", HERE)
-            if extra := given.keys() - NAMING - more:
+            ours, more = ("--recorded", set()) if recorded_only else ("--verify", LOCAL)
+            if extra := flags.keys() - NAMING - more:
                 raise ValueError(f"{ours} takes runs from the records; it does not go with "
                                  f"{', '.join(map(as_flag, sorted(extra)))}")
         if count is not None and count < 1:
             raise ValueError(f"--verify {count}: wanted a number of cells, from 1 on")
-        seeds = given.pop("seeds", [0, 1, 2])
+        seeds = flags.pop("seeds", [0, 1, 2])
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"--seeds {' '.join(map(str, seeds))}: each seed counts once")
-        if target == "WORLD" and given.get("data", "synthetic") != "synthetic":
+        if target == "WORLD" and flags.get("data", "synthetic") != "synthetic":
             raise ValueError("WORLD is about synthetic worlds; drop --data")
         if recorded_only:
-            lines = told(target, recorded(target, given))
+            lines = told(target, recorded(target, flags))
         elif count is not None:
-            lines = verify(target, count, given, out)
+            lines = verify(target, count, flags, out)
         else:
-            lines = reproduce(target, seeds, given, out)
+            lines = reproduce(target, seeds, flags, out)
         print("\n".join(lines))
     return exit_status(work)
 

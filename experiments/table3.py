@@ -3,7 +3,7 @@
     python -m experiments.table3 --data ml-100k --seeds 0 1 2
 
 A cell is a system with a seed, and is one run of cetrec.py, of experiments.llm_baselines or of
-experiments.id_baselines; cells that are there are not made again (experiments/cells.py). With the
+experiments.id_baselines; cells that are there are not run again (experiments/cells.py). With the
 first seed each system is trained at a third, at once and at three times its default learning rate.
 The rate that is best on its own validation, where the test split is not looked at, is the one it
 gets.
@@ -42,27 +42,27 @@ SHARED = {"data", "data_dir", "sample", "model", "eval_sequences", "device", "ou
 # HR@5 in the Table 3 of the paper, on MovieLens and on Steam, as far as it was at hand: of
 # Llama-3-8B, on other data, by its own lists.
 PAPER = {"Caser": ("0.0667", "0.0307"), "BIGRec": ("", "0.0778"), "CETRec-SinPE": ("", "0.0670")}
-FLOORS = ("popularity", "co-occurrence, newest item", "co-occurrence, whole history")
+COUNTING = ("popularity", "co-occurrence, newest item", "co-occurrence, whole history")
 
 
-def record(cells: Cells, name: str, seed: int, lr: float, given: dict) -> dict:
+def record(cells: Cells, name: str, seed: int, lr: float, flags: dict) -> dict:
     """run.json of a system's run."""
     command, own = SYSTEMS[name]
-    flags = own + [x for key, value in (given | {"seed": seed}).items()
-                   if command is not ID or key != "model" for x in (as_flag(key), str(value))]
-    return read_object(cells.folder(command, [*flags, "--lr", f"{lr:.2g}"]) / "run.json")
+    argv = own + [x for key, value in (flags | {"seed": seed}).items()
+                  if command is not ID or key != "model" for x in (as_flag(key), str(value))]
+    return read_object(cells.folder(command, [*argv, "--lr", f"{lr:.2g}"]) / "run.json")
 
 
-def best_rate(cells: Cells, name: str, seed: int, given: dict) -> float:
+def best_rate(cells: Cells, name: str, seed: int, flags: dict) -> float:
     """Of the default learning rate, a third and three times as much, the best on validation: by
     NDCG@10 for the ID models, by the loss of the answers for the others."""
     command, own = SYSTEMS[name]
-    chosen = {key: given[key] for key in given.keys() & {"data", "model"}}
+    chosen = {key: flags[key] for key in flags.keys() & {"data", "model"}}
     rate = (defaults(id_baselines.Recipe, own[1])["lr"] if command is ID else
             Options.from_flags(chosen).lr)
     errors = {}
     for lr in (rate, rate / 3, 3 * rate):
-        tuning = record(cells, name, seed, lr, given)["tuning"]
+        tuning = record(cells, name, seed, lr, flags)["tuning"]
         errors[lr] = (-max(tuning["validation_ndcg10"]) if command is ID else
                       min(tuning["validation_ta"]))
     return min(errors, key=errors.get)
@@ -72,20 +72,20 @@ def lines_of(name: str, records: list[dict], rate: float) -> list[str]:
     """Rows of the Markdown table: one for each list that a system makes."""
     lines = []
     minutes = np.mean([record["tuning"]["seconds"] for record in records]) / 60
-    for row in (r for r in records[0]["rows"] if " | change, reversed" in r):
-        made, cells = row.partition(" | ")[0], []
+    for change in (row for row in records[0]["rows"] if " | change, reversed" in row):
+        row, cells = change.partition(" | ")[0], []
         for metric in METRICS:
-            values = [record["rows"][made][metric][0] for record in records]
+            values = [record["rows"][row][metric][0] for record in records]
             spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.4f}{spread}")
-        change = [record["rows"][row]["NDCG@10"][0] for record in records]
-        paper = PAPER.get(name, ("", "")) if made != "10 beams on titles" else ("", "")
-        lines.append(f"| {name} | {made} | {' | '.join(cells)} | {np.mean(change):+.0f} % | "
+        reversed_by = np.mean([record["rows"][change]["NDCG@10"][0] for record in records])
+        paper = PAPER.get(name, ("", "")) if row != "10 beams on titles" else ("", "")
+        lines.append(f"| {name} | {row} | {' | '.join(cells)} | {reversed_by:+.0f} % | "
                      f"{rate:.2g} | {minutes:.1f} | {' | '.join(paper)} |")
     return lines
 
 
-def table(systems: list[str], seeds: list[int], given: dict, out: Path) -> list[str]:
+def table(systems: list[str], seeds: list[int], flags: dict, out: Path) -> list[str]:
     """Run what is not there, and give the table as lines of Markdown."""
     cells = Cells(out, len(systems) * (3 + len(seeds)))
     lines, records = [
@@ -93,12 +93,12 @@ def table(systems: list[str], seeds: list[int], given: dict, out: Path) -> list[
         "paper's HR@5, MovieLens | paper's HR@5, Steam |",
         "|---|---|" + "---|" * (len(METRICS) + 5)], []
     for name in systems:
-        rate = best_rate(cells, name, seeds[0], given)
-        records = [record(cells, name, seed, rate, given) for seed in seeds]
+        rate = best_rate(cells, name, seeds[0], flags)
+        records = [record(cells, name, seed, rate, flags) for seed in seeds]
         lines += lines_of(name, records, rate)
-    for floor in FLOORS:
-        means = [np.mean([record["rows"][floor][m][0] for record in records]) for m in METRICS]
-        lines.append(f"| {floor} | | " + " | ".join(f"{x:.4f}" for x in means) + " | | | | | |")
+    for baseline in COUNTING:
+        means = [np.mean([record["rows"][baseline][m][0] for record in records]) for m in METRICS]
+        lines.append(f"| {baseline} | | " + " | ".join(f"{x:.4f}" for x in means) + " | | | | | |")
     return [records[0]["protocol"] + f"; seeds {', '.join(map(str, seeds))}", "", *lines]
 
 
@@ -111,13 +111,13 @@ def main(argv: list[str] | None = None) -> int:
     ap.add_argument("--systems", nargs="+", choices=[*SYSTEMS], default=[*SYSTEMS], metavar="NAME",
                     help=f"of these (default: all): {', '.join(SYSTEMS)}")
     add_flags(ap, Options, Where, only=SHARED)
-    given = parse(ap, argv)
+    flags = parse(ap, argv)
 
     def work() -> None:
         """All cells, then the table."""
-        systems, seeds = given.pop("systems"), given.pop("seeds")
-        out = Path(given.pop("out", "runs")) / "table3"
-        text = "\n".join(table(systems, seeds, given, out)) + "\n"
+        systems, seeds = flags.pop("systems"), flags.pop("seeds")
+        out = Path(flags.pop("out", "runs")) / "table3"
+        text = "\n".join(table(systems, seeds, flags, out)) + "\n"
         (out / "table3.md").write_text(text, encoding="utf-8")
         print(f"{text}written {out / 'table3.md'}")
     return exit_status(work)

@@ -39,19 +39,19 @@ def find_title(text: str, titles: Sequence[str], forms: dict[str, set[int]]) -> 
     return found or set().union(*(items for form, items in forms.items() if key in form))
 
 
-def resolve_titles(wanted: Sequence[str], titles: Sequence[str]) -> list[int]:
+def resolve_titles(typed: Sequence[str], titles: Sequence[str]) -> list[int]:
     """Item ids of titles typed by hand. Prints what was taken for what, where they differ.
 
     Raises ValueError that lists the candidates of an ambiguous title or names an unknown one.
     """
-    if not 1 <= len(wanted) <= 10:
-        raise ValueError(f"{len(wanted)} titles; wanted 1 to 10, the newest last")
+    if not 1 <= len(typed) <= 10:
+        raise ValueError(f"{len(typed)} titles; wanted 1 to 10, the newest last")
     forms: dict[str, set[int]] = {}
     for item, title in enumerate(titles):
         for form in title_forms(title):
             forms.setdefault(form, set()).add(item)
     history = []
-    for text in wanted:
+    for text in typed:
         found = find_title(text, titles, forms)
         if not found:
             raise ValueError(f"{text!r}: no title like it among the {len(titles):,} of the "

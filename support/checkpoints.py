@@ -151,9 +151,10 @@ def check_config(folder: str | Path) -> LlamaConfig:
         raise
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-        fault = str(error).removeprefix(f"{path}: ")
-        raise ValueError(f"{path}: {fault}; wanted the settings of a Llama") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: not the settings of a Llama ({error})") from None
 
 
 def check_index(folder: Path) -> None:

@@ -7,7 +7,8 @@ that is worse has learned nothing.
 import numpy as np
 
 from data import Sequences
-from evaluate import LENGTH, Recommender, evaluate_order, list_values, summarise
+from evaluate import (LENGTH, METRICS, Recommender, Scores, evaluate_order, list_values,
+                      summarise)
 from support.processes import shared_out
 from support.synthetic import SyntheticWorld, oracle_rows
 
@@ -88,4 +89,24 @@ def result_table(recommenders: dict[str, Recommender], train_set: Sequences, tes
     protocol = (f"{len(test_set):,} test sequences, {len(test_set.titles):,} candidates, history "
                 f"{'excluded' if exclude_history else 'kept'}{valued}")
     return ({"protocol": protocol, "rows": rows},
-            arrays | {"popularity": counting.popularity, "seen": train_set.seen()})
+            arrays | {"popularity": counting.popularity, "seen": items_seen(train_set)})
+
+
+def items_seen(sequences: Sequences) -> np.ndarray:
+    """Which items occur in any history or answer.  -> (N,) bool"""
+    seen = np.zeros(len(sequences.titles), dtype=bool)
+    for start, target in zip(sequences.starts, sequences.targets):
+        seen[sequences.items[start:target + 1]] = True
+    return seen
+
+
+def format_table(rows: dict[str, Scores]) -> str:
+    """Name, then every metric as mean ± standard error. A name `a | b` is shown below a, as b."""
+    names = {row: "  " + row.partition(" | ")[2] if " | " in row else row for row in rows}
+    width = max(map(len, names.values()))
+    lines = [" " * width + "".join(f"{metric:>17}" for metric in METRICS)]
+    for row, values in rows.items():
+        form = "{:+.1f} ± {:.1f} %" if "change" in row.partition(" | ")[2] else "{:.4f} ± {:.4f}"
+        cells = [form.format(*values[metric]) for metric in METRICS]
+        lines.append(f"{names[row]:<{width}}" + "".join(f"{cell:>17}" for cell in cells))
+    return "\n".join(lines)

@@ -370,4 +370,7 @@ def read_flags(argv: list[str] | None) -> dict:
                 "measure it.",
                 epilog="docs/readings.md explains D1 to D15, what the paper leaves open.")
     add_flags(ap, Options, Where)
-    return parse(ap, argv)
+    flags = parse(ap, argv)
+    if "resume" in flags and "eval_only" in flags:
+        ap.error("--resume and --eval-only: one at a time")
+    return flags

@@ -205,7 +205,7 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer) -> Progress:
         return Progress()
     try:
         with safe_open(path, framework="pt") as file:
-            notes = file.metadata()
+            notes = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if notes.pop("sha256") != checksum({n: x.numpy() for n, x in tensors.items()}, notes):
             raise ValueError("its checksum is of other content")

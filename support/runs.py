@@ -31,13 +31,13 @@ import tokenizers
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from data import (DOMAINS, Catalogue, Sequences, Tokenizer, encode_sequences, make_sequences,
-                  show_prompt, split_by_time)
-from evaluate import format_table
+from data import (DOMAINS, NO_ITEM, Catalogue, Example, Sequences, Tokenizer, encode_sequences,
+                  make_sequences, split_by_time)
 from llama import Llama, load_llama
 from lora import load_lora, save_lora
 from support.checkpoints import (check_checkpoint, check_config, check_context, find_checkpoint,
                                  read_tokenizer)
+from support.counting import format_table
 from support.datasets import TABLE_2, counts, load_interactions, prepare
 from support.files import read_object, save_arrays, write_json
 from support.options import EVALUATION, Options, as_flag
@@ -145,6 +145,17 @@ def start(out: Path, name: str, inputs: RunInputs) -> Path:
     return folder
 
 
+def show_prompt(tokenizer: Tokenizer, example: Example) -> str:
+    """The prompt as text, with each item as ⟨its tokens⟩[k = its index, tokens first..last]."""
+    text, first = "", 0
+    for k, group in itertools.groupby(example.item_pos):
+        last = first + len(list(group))
+        piece = tokenizer.bpe.decode(example.tokens[first:last], skip_special_tokens=False)
+        text += piece if k == NO_ITEM else f"⟨{piece}⟩[k={k:.3g}, tokens {first}..{last - 1}]"
+        first = last
+    return text
+
+
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
     """An interruption in this context says how to continue."""
@@ -183,7 +194,7 @@ def versions(device: torch.device) -> dict[str, str]:
     return found
 
 
-def finish(folder: Path, record: dict, arrays: dict, catalogue: Catalogue,
+def finish(folder: Path, record: dict, arrays: dict, catalogue: Catalogue | Sequences,
            name: str = "run") -> None:
     """Write results and print them. name: run, or eval beside it for a run evaluated again."""
     if rank():

@@ -90,12 +90,14 @@ def tokenizer_for(train_set: Sequences, pieces: int) -> Tokenizer:
 
 
 def supervise_titles(batch: Batch) -> Batch:
-    """The batch with every title token of the history supervised too, which is ten times the signal
-    of the answer alone.  answers (B, A) -> (B, T)"""
+    """The batch with the title tokens of the history supervised too, which is ten times the signal
+    of the answer alone. The first token of a history is not: nothing could predict it.
+    answers (B, A) -> (B, T)"""
+    T, item = batch.tokens.shape[1], batch.item_pos != NO_ITEM
     following = torch.cat((batch.tokens[:, 1:], batch.answers[:, -1:]), dim=1)
-    in_title = F.pad(batch.item_pos[:, 1:] != NO_ITEM, (0, 1))
-    answers = F.pad(batch.answers, (following.shape[1] - batch.answers.shape[1], 0), value=IGNORE)
-    return replace(batch, answers=torch.where(in_title, following, answers))
+    supervised = item[:, 1:] & (item.cumsum(dim=1)[:, :-1] > 0)
+    answers = F.pad(batch.answers, (T - batch.answers.shape[1], 0), value=IGNORE)
+    return replace(batch, answers=torch.where(F.pad(supervised, (0, 1)), following, answers))
 
 
 def tiny_base(root: Path, splits: tuple[Sequences, ...], seed: int, device: torch.device,
@@ -196,10 +198,16 @@ def pretrain(llama: Llama, tokenizer: Tokenizer, train_set: Sequences, seed: int
 
 
 def title_loss(llama: Llama, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy of the supervised tokens, without any temporal embedding."""
+    """Mean cross-entropy of the supervised tokens, and of every title token as its own target.
+
+    The second is an auxiliary task. It teaches the model to copy, which it needs where the next
+    title shares a word with an earlier one: on the synthetic world it lowers the validation loss of
+    the answers from 0.919 to 0.904 (seed 0). There is no temporal embedding.
+    """
     P, T = len(batch.prefix), batch.tokens.shape[1]
     _, past = llama(llama.embed(batch.prefix[None]))
     hidden, _ = llama(llama.embed(batch.tokens), token_positions(batch.padding, T, P),
                       causal_mask(batch.padding, T, P), past)
-    supervised = batch.answers != IGNORE                                        # (B, T)
-    return F.cross_entropy(llama.logits(hidden[supervised]), batch.answers[supervised])
+    supervised, title = batch.answers != IGNORE, batch.item_pos != NO_ITEM      # (B, T) each
+    targets = torch.cat((batch.answers[supervised], batch.tokens[title]))
+    return F.cross_entropy(llama.logits(torch.cat((hidden[supervised], hidden[title]))), targets)

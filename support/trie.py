@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from data import IGNORE, NO_ITEM, Catalogue
-from evaluate import LENGTH, Lists, Model, Prompt, beam_search, prompts_by_length, read_prompts
+from evaluate import (LENGTH, GroundedBeams, Lists, Model, Prompt, Recommender, beam_search,
+                      prompts_by_length, read_prompts)
+from support.options import Options
 
 
 class Trie:
@@ -225,3 +227,16 @@ class ExactTitles:
                 ten = ten[score[ten] > -np.inf]
                 out.items[i, :len(ten)], out.log_p[i, :len(ten)] = ten, score[ten]
         return out
+
+
+def recommenders(model: Model, catalogue: Catalogue, options: Options) -> dict[str, Recommender]:
+    """What --lists names, by the names in the result table; the paper's list comes last."""
+    lists: dict[str, Recommender] = {}
+    if "exact" in options.lists:
+        lists["all titles scored"] = ExactTitles(model, catalogue, options.exclude_history)
+    if "titles" in options.lists:
+        lists["10 beams on titles"] = TitleBeams(model, catalogue, options.exclude_history)
+    if "beams" in options.lists:
+        lists[f"{options.beams} beams, grounded"] = GroundedBeams(model, catalogue,
+                                                                  options.decoding())
+    return lists

@@ -99,13 +99,13 @@ def llama3_tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def temporal(tokenizer):
-    """kind -> a small TemporalLlama for the session's tokenizer, away from its initial values."""
+    """kind -> a small TemporalLlama for the tokenizer's vocabulary, away from initial values."""
     def build(kind: str = "rope", scale: float = 1.0) -> TemporalLlama:
         torch.manual_seed(1)
         model = Llama(small_config(vocab_size=tokenizer.bpe.get_vocab_size()))
         for p in model.parameters():
             p.data += 0.1 * torch.randn_like(p)
-        return TemporalLlama(model, kind, scale, tokenizer).eval()
+        return TemporalLlama(model, kind, scale).eval()
     return build
 
 

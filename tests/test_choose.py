@@ -8,9 +8,13 @@ import pytest
 from conftest import small_runs
 
 import cetrec
-from cetrec import open_model
+from cetrec import TemporalLlama
+from data import Catalogue
 from evaluate import METRICS, GroundedBeams, list_values
 from experiments import choose
+from llama import load_llama
+from lora import load_lora
+from support.checkpoints import read_tokenizer
 from support.runs import open_data, read_run
 
 
@@ -30,24 +34,26 @@ def test_lists_are_made_for_validation_and_valued_by_hand(folder, capsys):
     options, base = read_run(folder, {}, "test")
     (_, valid_set, test_set), world, _ = open_data(options)
     assert not set(valid_set.targets) & set(test_set.targets)
-    model = open_model(options, base, folder)
+    llama = load_llama(base)
+    load_lora(llama, folder)
+    model = TemporalLlama(llama, "rope").eval()
+    catalogue = Catalogue(valid_set.titles, "movies", read_tokenizer(base))
     valid_set = valid_set.sample(9, options.seed)
     histories = [valid_set.history(i) for i in range(9)]
-    law, rows = world.law(histories), {}
-    for told, how in (("as the run has it", {}), ("--no-exclude-history",
-                                                  {"exclude_history": False}),
-                      ("--ground-with tuned", {"ground_with": "tuned"})):
-        decoding = replace(options.decoding(), **how)
-        made = GroundedBeams(model, valid_set.titles, valid_set.domain, decoding)(histories)
-        rows[told] = list_values(made.items, np.zeros(9), law).mean(axis=0)
+    true_p, rows = world.true_distribution(histories), {}
+    for name, change in (("as the run has it", {}),
+                         ("--no-exclude-history", {"exclude_history": False}),
+                         ("--ground-with tuned", {"ground_with": "tuned"})):
+        lists = GroundedBeams(model, catalogue, replace(options.decoding(), **change))(histories)
+        rows[name] = list_values(lists.items, np.zeros(9), true_p).mean(axis=0)
     assert "9 validation sequences, lists: beams" in text
-    for told, values in rows.items():
-        line = next(x for x in text.splitlines() if x.startswith(told))
+    for name, values in rows.items():
+        line = next(x for x in text.splitlines() if x.startswith(name))
         assert [float(x) for x in re.findall(r"(\S+) ± ", line)] == pytest.approx(values, abs=6e-5)
     gains = [float(x) for x in re.findall(r"^  \S+ +([-+]\d\.\d+)  \[", text, re.M)]
-    wanted = [*(rows["--no-exclude-history"] - rows["as the run has it"]),
-              *(rows["--ground-with tuned"] - rows["as the run has it"])]
-    assert gains == pytest.approx(wanted, abs=6e-5) and len(gains) == 2 * len(METRICS)
+    expected = [*(rows["--no-exclude-history"] - rows["as the run has it"]),
+                *(rows["--ground-with tuned"] - rows["as the run has it"])]
+    assert gains == pytest.approx(expected, abs=6e-5) and len(gains) == 2 * len(METRICS)
 
 
 def test_a_flag_that_would_change_nothing_is_refused(folder, capsys):

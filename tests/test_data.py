@@ -10,10 +10,12 @@ import tokenizers
 import torch
 from conftest import TITLES
 
-from data import (IGNORE, NO_ITEM, Batch, Example, Interactions, batches, build_prompt,
-                  check_context, collate, encode_example, make_sequences,
-                  show_prompt, split_by_time)
-from support.checkpoints import read_tokenizer
+from data import (IGNORE, NO_ITEM, Batch, Catalogue, Example, Interactions, align_right, batches,
+                  build_prompt, collate, common_prefix, encode_example, encode_sequences,
+                  item_positions, make_sequences, split_by_time)
+from support.checkpoints import check_context, read_tokenizer
+from support.counting import items_seen
+from support.runs import show_prompt
 from support.tiny import BOS, EOS, SEEN, tiny_tokenizer
 
 
@@ -44,8 +46,8 @@ def test_windows_by_hand():
         ([1, 5], 7), ([2, 0], 3), ([2, 0, 3], 6), ([0, 3, 6], 8)]
     assert s.timestamps.tolist() == [3, 50, 60, 70]
     assert len(make_sequences(x)) == 2
-    assert s.select([3, 0]).seen().tolist() == [i in (0, 3, 6, 8, 1, 5, 7) for i in range(9)]
-    assert s.words(s.history(1)) == ["2", "0"]
+    assert items_seen(s.select([3, 0])).tolist() == [i in (0, 3, 6, 8, 1, 5, 7) for i in range(9)]
+    assert s.titles_of(s.history(1)) == ["2", "0"]
 
 
 def test_histories_have_3_to_10_items_and_belong_to_one_user(clocked):
@@ -73,8 +75,8 @@ def test_no_future_leaks_across_the_split(clocked):
 
 def test_a_sample_is_seeded_in_order_and_everything_for_0(clocked):
     train = split_by_time(make_sequences(clocked))[0]
-    place = {target: i for i, target in enumerate(train.targets)}
-    drawn = [[place[target] for target in train.sample(500, seed).targets] for seed in (3, 3, 4)]
+    number = {target: i for i, target in enumerate(train.targets)}
+    drawn = [[number[target] for target in train.sample(500, seed).targets] for seed in (3, 3, 4)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0] == sorted(set(drawn[0])) and len(drawn[0]) == 500
     assert len(train) / 3 < np.mean(drawn[0]) < len(train) * 2 / 3      # not the first ones
@@ -133,16 +135,23 @@ def test_spans_by_offsets_cover_each_title_and_nothing_else(which, request):
     example = encode_example(tokenizer, HISTORY, "Ran")
     assert len(example.tokens) == len(example.item_pos) == len(example.labels)
     assert sorted(set(example.item_pos)) == [NO_ITEM, *range(len(HISTORY))]
-    # newest first: k counts back from the newest (D1)
-    for k, title in enumerate(reversed(HISTORY)):
+    for k, title in enumerate(reversed(HISTORY)):           # k counts back from the newest (D1)
         tokens = [t for t, pos in zip(example.tokens, example.item_pos) if pos == k]
         text = tokenizer.bpe.decode(tokens)
         assert title in text and len(text) <= len(title) + 5, (k, title, text)
     outside = [t for t, pos in zip(example.tokens, example.item_pos) if pos == NO_ITEM]
     assert not any(title in tokenizer.bpe.decode(outside) for title in HISTORY)
-    places = [i for i, pos in enumerate(example.item_pos) if pos != NO_ITEM]
-    assert [p for p, _ in itertools.groupby(example.item_pos[places[0]:places[-1] + 1])
-            if p != NO_ITEM] == list(range(len(HISTORY) - 1, -1, -1))
+    assert [k for k, _ in itertools.groupby(example.item_pos) if k != NO_ITEM] == list(
+        range(len(HISTORY) - 1, -1, -1))        # one run of tokens each, oldest first
+
+
+def test_item_positions_by_hand():
+    """Titles at the characters 2 to 4 and 6 to 9. A token counts if it shares a character with one;
+    tokens of no characters, as BOS, belong to none."""
+    offsets = [(0, 0), (0, 2), (2, 3), (3, 5), (5, 6), (6, 8), (8, 9), (9, 11)]
+    assert item_positions(offsets, [(2, 4), (6, 9)], [1, 0]) == [-1, -1, 1, 1, -1, 0, 0, -1]
+    assert item_positions(offsets, [(2, 4)], [2.5]) == [-1, -1, 2.5, 2.5, -1, -1, -1, -1]
+    assert item_positions([(0, 3), (3, 8)], [(2, 4), (6, 9)], [1, 0]) == [1, 1]
 
 
 def test_a_token_that_straddles_a_quote_belongs_to_the_item(llama3_tokenizer):
@@ -155,7 +164,7 @@ def test_a_token_that_straddles_a_quote_belongs_to_the_item(llama3_tokenizer):
 
 def test_many_examples_are_the_same_as_one_at_a_time(llama3_tokenizer):
     histories, targets = [HISTORY, HISTORY[2:5], TITLES[:3]], ["Ran", None, "Heat"]
-    ages = [None, [2.0, 0.5, 0.5], None]
+    ages = [None, np.array([2.0, 0.5, 0.5]), None]
     assert llama3_tokenizer.examples(histories, targets, "movies", ages) == [
         encode_example(llama3_tokenizer, *one, "movies", age)
         for *one, age in zip(histories, targets, ages)]
@@ -180,70 +189,67 @@ def test_answer_labels_and_one_builder_for_training_and_inference(which, request
 # Batches and epochs
 
 
-def test_collate_shifts_labels_pads_right_and_finds_the_prefix(tokenizer):
-    examples = [encode_example(tokenizer, HISTORY[:n], "Ran") for n in (2, 5)]
+def test_rows_of_a_batch_end_together_by_hand():
+    """Both begin with 1 2 3, of which the last is left to the rows, and have answers of two and of
+    three tokens. Inputs are all tokens but the last."""
+    examples = [Example([1, 2, 3, 10, 20, 30, 4], [-1, -1, -1, 0, -1, -1, -1],
+                        [IGNORE] * 5 + [30, 4]),
+                Example([1, 2, 3, 11, 12, 20, 31, 32, 4], [-1, -1, -1, 1, 0, -1, -1, -1, -1],
+                        [IGNORE] * 6 + [31, 32, 4])]
     batch = collate(examples, pad_id=7)
-    B, T = batch.tokens.shape
-    assert (B, T) == (2, len(examples[1].tokens))
-    for row, e in enumerate(examples):
-        n = len(e.tokens)
-        assert batch.tokens[row, :n].tolist() == e.tokens
-        assert batch.labels[row, :n - 1].tolist() == e.labels[1:]
-        assert batch.item_pos[row, :n].tolist() == e.item_pos
-        assert (batch.labels[row, n - 1:] == IGNORE).all()
-        assert (batch.item_pos[row, n:] == NO_ITEM).all() and (batch.tokens[row, n:] == 7).all()
-    first_item = min(e.item_pos.index(next(k for k in e.item_pos if k >= 0)) for e in examples)
-    assert batch.prefix == first_item
-    assert collate(examples[:1]).prefix == first_item
+    assert batch.prefix.tolist() == [1, 2] and batch.padding.tolist() == [2, 0]
+    assert batch.tokens.tolist() == [[7, 7, 3, 10, 20, 30], [3, 11, 12, 20, 31, 32]]
+    assert batch.item_pos.tolist() == [[-1, -1, -1, 0, -1, -1], [-1, 1, 0, -1, -1, -1]]
+    assert batch.answers.tolist() == [[IGNORE, 30, 4], [31, 32, 4]]
+    assert {x.dtype for x in vars(batch).values()} == {torch.int64}
+    assert all(x.is_meta for x in vars(batch.to("meta")).values())
 
 
-def test_the_prefix_leaves_a_token_of_each_row():
-    """Also where one prompt begins another, and what fills it up looks like the other's tokens."""
-    short, long = ([Example(tokens, [NO_ITEM] * len(tokens), [IGNORE] * len(tokens))
-                    for tokens in ([5, 6], [5, 6, 0, 0])])
-    assert collate([short, short]).prefix == collate([short, long], pad_id=0).prefix == 1
-    assert collate([long, long]).prefix == 3
+def test_rows_of_unequal_length_are_aligned_right():
+    assert align_right([[1], [], [2, 3]], 9).tolist() == [[9, 1], [9, 9], [2, 3]]
+    assert align_right([[0.5], [NO_ITEM, 2.0]], NO_ITEM).tolist() == [[-1, 0.5], [-1, 2]]
 
 
-def test_a_batch_knows_where_its_targets_are(tokenizer):
-    """Answers of unequal length: B·A places without the fillers are those of the M labels."""
-    answers = ["Ran", "Up, Up and Away (2000)", "Heat"]
-    batch = collate([encode_example(tokenizer, HISTORY[:n], answer)
-                     for n, answer in zip((2, 5, 3), answers)])
-    assert torch.equal(batch.targets, batch.labels[batch.labels != IGNORE])
-    rows = torch.arange(3)[:, None].expand_as(batch.places).flatten()
-    where = rows[batch.supervised], batch.places.flatten()[batch.supervised]
-    assert torch.equal(torch.stack(where, 1), (batch.labels != IGNORE).nonzero())
-    assert batch.places.shape[1] == int((batch.labels != IGNORE).sum(1).max())
-    assert int(batch.places.min()) >= batch.prefix
-    moved = batch.to("meta")
-    assert moved.places.is_meta and moved.tokens.is_meta and moved.prefix == batch.prefix
+def test_the_common_prefix_leaves_a_token_of_each_row():
+    """Also where one row begins another. Items, and answers, are never among it."""
+    short, long, item, answer = (
+        Example(tokens, item_pos, labels) for tokens, item_pos, labels in (
+            ([5, 6], [-1, -1], [IGNORE] * 2), ([5, 6, 0, 0], [-1] * 4, [IGNORE] * 4),
+            ([5, 6, 0, 0], [-1, -1, 0, -1], [IGNORE] * 4),
+            ([5, 6, 0, 0], [-1] * 4, [IGNORE] * 3 + [0])))
+    for rows, prefix in (([short, short], 1), ([short, long], 1), ([long, long], 3),
+                         ([long, item], 1), ([item, item], 1), ([long, answer], 2),
+                         ([answer, answer], 2), ([Example([9, 6], [-1] * 2, [IGNORE] * 2), short],
+                                                 0)):
+        assert common_prefix(rows) == prefix
 
 
-def test_the_places_drawn_in_batch():
-    """The example in its docstring: a filler is some place of the row, and nobody counts it."""
-    labels = torch.tensor([[IGNORE, IGNORE, 10, 11, 12], [IGNORE, 13, 14, IGNORE, IGNORE]])
-    batch = Batch(torch.zeros_like(labels), torch.full_like(labels, NO_ITEM), labels, 0)
-    assert batch.places.tolist() == [[2, 3, 4], [1, 2, 0]]
-    assert batch.supervised.tolist() == [0, 1, 2, 3, 4]
-    assert batch.targets.tolist() == [10, 11, 12, 13, 14]
+def test_a_batch_holds_every_token_of_its_prompts_and_answers(tokenizer):
+    """What all prompts say before the first history is the prefix, but for one token."""
+    examples = [encode_example(tokenizer, HISTORY[:n], TITLES[n]) for n in (2, 5, 3)]
+    batch = collate(examples)
+    assert rows_of(batch, 0) == [(tuple(e.tokens), answer_of(e)) for e in examples]
+    first_item = examples[0].item_pos.index(1)
+    assert len(batch.prefix) == first_item - 1 > 0
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 9])
 def test_parts_of_a_batch_are_its_rows_as_if_collated_by_themselves(tokenizer, rows):
     examples = [encode_example(tokenizer, HISTORY[:n], TITLES[n]) for n in (3, 6, 4, 1, 2)]
-    whole, parts = collate(examples), collate(examples).split(rows)
-    assert [len(part.tokens) for part in parts] == [
-        len(examples[i:i + rows]) for i in range(0, 5, rows)]
-    assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
-    for i, part in enumerate(parts):
-        alone = collate(examples[i * rows:(i + 1) * rows])
-        width = part.tokens.shape[1]
-        assert width == alone.tokens.shape[1] - 1       # nothing comes after the last column
-        for name in ("tokens", "item_pos", "labels"):
-            assert torch.equal(getattr(part, name), getattr(alone, name)[:, :width]), name
-        assert torch.equal(part.places, alone.places) and part.prefix == whole.prefix
-        assert torch.equal(part.supervised, alone.supervised)
+    parts = collate(examples).split(rows)
+    for part, first in zip(parts, range(0, 5, rows), strict=True):
+        alone = collate(examples[first:first + rows])
+        for name, x in vars(part).items():
+            assert torch.equal(x, getattr(alone, name)), name
+
+
+def test_the_prompts_of_a_catalogue_have_no_answers(tokenizer):
+    catalogue = Catalogue(TITLES, "games", tokenizer)
+    by_clock = [np.array([4.0, 2.5, 0.0]), np.array([1.5])]
+    for ages in (None, by_clock):
+        assert catalogue.prompts([[0, 5, 3], [2]], ages) == [
+            encode_example(tokenizer, titles, None, "games", ages and ages[i])
+            for i, titles in enumerate(([TITLES[0], TITLES[5], TITLES[3]], [TITLES[2]]))]
 
 
 def test_the_shown_prompt_marks_items_and_indices(tokenizer):
@@ -266,7 +272,7 @@ def test_the_longest_sequence_must_fit_the_context(tokenizer):
     x = interactions([(1, i, i) for i in range(20)])
     sequences = make_sequences(replace(x, titles=[
         *x.titles[:15], "a much longer title", *x.titles[16:]]))
-    longest = max(len(encode_example(tokenizer, sequences.words(sequences.history(i)),
+    longest = max(len(encode_example(tokenizer, sequences.titles_of(sequences.history(i)),
                                      sequences.titles[sequences.target(i)]).tokens)
                   for i in range(len(sequences)))
     check_context(tokenizer, sequences, longest)
@@ -282,21 +288,26 @@ def test_a_title_longer_than_the_context_is_refused_shortly(tokenizer):
     assert len(str(error.value)) < 300
 
 
+def answer_of(example: Example) -> tuple[int, ...]:
+    """The tokens of an example's answer."""
+    return tuple(label for label in example.labels if label != IGNORE)
+
+
 def rows_of(batch: Batch, pad_id: int) -> list[tuple]:
     """(tokens, answer) of each row, without its padding."""
-    found = []
-    for tokens, labels in zip(batch.tokens.tolist(), batch.labels.tolist()):
-        answer = [label for label in labels if label != IGNORE]
-        last = max(t for t, label in enumerate(labels) if label != IGNORE)
-        assert set(tokens[last + 2:]) <= {pad_id}
-        found.append((tuple(tokens[:last + 2]), tuple(answer)))
-    return found
+    rows, prefix = [], tuple(batch.prefix.tolist())
+    for tokens, answer, padding in zip(batch.tokens.tolist(), batch.answers.tolist(),
+                                       batch.padding.tolist()):
+        answer = tuple(token for token in answer if token != IGNORE)
+        assert set(tokens[:padding]) <= {pad_id}
+        rows.append((prefix + tuple(tokens[padding:]) + answer[-1:], answer))
+    return rows
 
 
 def epoch(tokenizer, sequences, seed, shuffle=False) -> list[list[tuple]]:
     """rows_of all batches of eight."""
     return [rows_of(batch, tokenizer.pad_id) for batch in batches(
-        tokenizer, sequences, 8, np.random.default_rng(seed), shuffle)]
+        tokenizer, sequences, 8, [seed], shuffle)]
 
 
 def test_an_epoch_of_batches_holds_every_sequence_once_in_a_seeded_order(tokenizer, world_splits):
@@ -306,9 +317,7 @@ def test_an_epoch_of_batches_holds_every_sequence_once_in_a_seeded_order(tokeniz
     drawn, others = (set(itertools.chain(*seeded[:32])) for seeded in (first, other))
     assert 20 < len(drawn - others) < 200               # 256 are drawn together, of all
     assert sorted(itertools.chain(*first)) == sorted(
-        (tuple(e.tokens), tuple(t for t in e.labels if t != IGNORE)) for e in (
-            encode_example(tokenizer, train.words(train.history(i)), train.titles[train.target(i)])
-            for i in range(len(train))))
+        (tuple(e.tokens), answer_of(e)) for e in encode_sequences(tokenizer, train))
 
 
 def test_batches_hold_rows_of_similar_length_and_come_in_random_order(tokenizer, world_splits):
@@ -323,12 +332,12 @@ def test_batches_hold_rows_of_similar_length_and_come_in_random_order(tokenizer,
 def test_shuffled_histories_keep_their_items_and_answers(tokenizer, world_splits):
     """Title by title, in other orders; the answer stays."""
     def histories(shuffle):
-        found = []
+        rows = []
         for tokens, answer in itertools.chain(*epoch(tokenizer, world_splits[0], 3, shuffle)):
             text = tokenizer.decode(list(tokens))
             titles = text.split('before:"')[1].split('"\n')[0].split('", "')
-            found.append((tokenizer.decode(list(answer)), titles))
-        return found
+            rows.append((tokenizer.decode(list(answer)), titles))
+        return rows
     plain, mixed = histories(False), histories(True)
     assert sorted((answer, sorted(titles)) for answer, titles in plain) == sorted(
         (answer, sorted(titles)) for answer, titles in mixed)
@@ -337,15 +346,24 @@ def test_shuffled_histories_keep_their_items_and_answers(tokenizer, world_splits
     assert np.mean([(answer, *titles) in known for answer, titles in mixed]) < 0.2
 
 
+@pytest.mark.parametrize("index", ["order", "time"])
+def test_sequences_are_encoded_with_their_answers_and_ages(tokenizer, clocked, index):
+    sequences = make_sequences(clocked, index=index).sample(20, 0)
+    assert encode_sequences(tokenizer, sequences) == [
+        encode_example(tokenizer, sequences.titles_of(sequences.history(i)),
+                       sequences.titles[sequences.target(i)], ages=sequences.ages(i))
+        for i in range(20)]
+
+
 def test_batches_carry_the_ages_of_their_sequences(tokenizer, clocked):
     sequences = make_sequences(clocked, index="time").sample(150, 0)
     seen = set()
-    for batch in batches(tokenizer, sequences, 16, np.random.default_rng(0)):
+    for batch in batches(tokenizer, sequences, 16, [0]):
         assert batch.item_pos.dtype == torch.float32
         seen |= {round(float(k), 4) for k in batch.item_pos.unique() if k != NO_ITEM}
-    wanted = {round(float(np.float32(k)), 4) for i in range(len(sequences))
-              for k in sequences.ages(i)}
-    assert seen == wanted and any(k % 1 for k in wanted)
+    ages = {round(float(np.float32(k)), 4) for i in range(len(sequences))
+            for k in sequences.ages(i)}
+    assert seen == ages and any(k % 1 for k in ages)
 
 
 def test_shared_constants_do_not_collide_with_tokens():
@@ -493,8 +511,8 @@ def test_prompts_have_the_ids_of_transformers_autotokenizer(tmp_path, tokenizer,
         if kind == "TinyLlama" and "</s>" in history:
             history = history[:2]       # there transformers 5 departs from tokenizer.json, and 4
         prompt = build_prompt(history)[0]
-        wanted = theirs(prompt, split_special_tokens=True)["input_ids"]     # "</s>" is a title here
-        assert ours.bpe.encode(prompt).ids == wanted
-        assert encode_example(ours, history, None).tokens == wanted
+        ids = theirs(prompt, split_special_tokens=True)["input_ids"]        # "</s>" is a title here
+        assert ours.bpe.encode(prompt).ids == ids
+        assert encode_example(ours, history, None).tokens == ids
     first = encode_example(ours, TITLES[:1], None).tokens[0]
     assert (first == ours.bos_id) == (kind != "SmolLM2")

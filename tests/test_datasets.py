@@ -117,14 +117,14 @@ def test_times_are_read_as_each_format_means_them(tmp_path):
     assert load_interactions(write("steam", tmp_path)[0], tmp_path).timestamps[0] == 1_513_468_800
 
 
-@pytest.mark.parametrize("text, wanted", [
+@pytest.mark.parametrize("text, expected", [
     ("0", 0), ("978300760", 978_300_760), ("978300760.9", 978_300_760), ("9.5e8", 950_000_000),
     ("2017-12-17", 1_513_468_800), ("2017-12-17T01:00:00+01:00", 1_513_468_800),
     ("2017-12-17 00:00:01", 1_513_468_801), ("2017-12-17T00:00:00Z", 1_513_468_800)])
-def test_timestamps_are_integers_floats_or_iso_dates(text, wanted, monkeypatch):
+def test_timestamps_are_integers_floats_or_iso_dates(text, expected, monkeypatch):
     monkeypatch.setenv("TZ", "Asia/Tokyo")              # the machine's time zone has no say
     time.tzset()
-    assert seconds(text) == wanted
+    assert seconds(text) == expected
     monkeypatch.undo()
     time.tzset()
 
@@ -202,8 +202,8 @@ def test_undecodable_bytes_are_a_bad_line_where_the_encoding_has_any(tmp_path, k
     name, rows, _ = write(kind, tmp_path)
     rows.write_bytes(rows.read_bytes() + b"\xff\xfe\n")
     latin = kind in ("movielens", "ml-100k")
-    wanted = "1 fields" if latin else "line [34]: 'utf-8' codec can't decode byte 0xff"
-    with pytest.raises(ValueError, match=wanted):
+    expected = "1 fields" if latin else "line [34]: 'utf-8' codec can't decode byte 0xff"
+    with pytest.raises(ValueError, match=expected):
         load_interactions(name, tmp_path)
     assert len(load_interactions(name, tmp_path, skip_bad_lines=True).items) == 2
 
@@ -590,11 +590,11 @@ def test_the_core_equals_brute_force():
     pairs = sorted({(int(u), int(i)) for u, i in zip(rng.integers(30, size=160),
                                                      rng.integers(25, size=160))})
     triples = [(u * 10**12, i, t) for t, (u, i) in enumerate(pairs)]    # any numbers for users
-    x, wanted = core(rows(*triples), 4), brute_core(triples, 4)
-    assert 0 < len(wanted) < len(triples)
+    x, expected = core(rows(*triples), 4), brute_core(triples, 4)
+    assert 0 < len(expected) < len(triples)
     assert [(u, x.titles[i], t) for u, i, t in zip(x.users, x.items, x.timestamps)] == [
-        (u, f"t{i}", t) for u, i, t in wanted]
-    assert len(x.titles) == len({i for _, i, _ in wanted}) and len(x.steps) == 1
+        (u, f"t{i}", t) for u, i, t in expected]
+    assert len(x.titles) == len({i for _, i, _ in expected}) and len(x.steps) == 1
     with pytest.raises(ValueError, match="nothing is left after the step '40-core'"):
         core(rows(*triples), 40)
 
@@ -602,10 +602,10 @@ def test_the_core_equals_brute_force():
 def test_samples_take_whole_users_up_to_the_share_and_depend_on_the_seed():
     ids = np.repeat(np.arange(100), np.arange(1, 101))
     for share, by_rows in itertools.product((0.1, 0.5), (False, True)):
-        taken = sample_of(ids, share, np.random.default_rng(0), by_rows)
-        sizes = np.bincount(ids, weights=taken, minlength=100)
+        drawn = sample_of(ids, share, np.random.default_rng(0), by_rows)
+        sizes = np.bincount(ids, weights=drawn, minlength=100)
         assert set(sizes / np.arange(1, 101)) == {0.0, 1.0}
-        size = taken.mean() if by_rows else (sizes > 0).mean()
+        size = drawn.mean() if by_rows else (sizes > 0).mean()
         assert share - 0.02 < size <= share
     other = sample_of(ids, 0.5, np.random.default_rng(1))
     assert (other != sample_of(ids, 0.5, np.random.default_rng(0))).any()

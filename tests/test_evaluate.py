@@ -9,17 +9,18 @@ import tokenizers
 import torch
 from conftest import TITLES, small_config
 
-import evaluate
-from cetrec import TemporalLlama
-from data import (IGNORE, NO_ITEM, Interactions, Tokenizer, encode_example, make_sequences,
-                  split_by_time)
-from evaluate import (METRICS, Beams, Decoding, Ended, GroundedBeams, Lists, beam_search, clean,
-                      embed_titles, evaluate_order, format_table, ground, hit_ratio, list_values,
-                      merge_lists, ndcg, nearest, prefill, prompts_by_length, relative_change,
-                      summarise)
+from cetrec import TemporalLlama, erase_order
+from data import (IGNORE, NO_ITEM, Catalogue, Interactions, Tokenizer, encode_example,
+                  make_sequences, split_by_time)
+from evaluate import (METRICS, Decoding, GroundedBeams, Lists, beam_search, best_answers, clean,
+                      embed_titles, evaluate_order, ground, hit_ratio, keep_allowed,
+                      list_values, merge_lists, ndcg, nearest, prompts_by_length, read_prompts,
+                      relative_change, summarise)
 from llama import Llama, save_llama
 from lora import add_lora, without_factors
+from support.counting import format_table
 from support.synthetic import SyntheticWorld
+from support.trie import TitleBeams
 
 EOS = 4
 
@@ -35,12 +36,12 @@ def toy():
 
 
 def log_likelihoods(model, prompt, answers) -> list[float]:
-    """log p(answer | prompt) of every answer, each in a row of its own and without a cache."""
+    """log p(answer | prompt) of every answer, each in a row of its own."""
     n, width = len(prompt[0]), max(map(len, answers))
     tokens = torch.tensor([prompt[0] + a + [0] * (width - len(a)) for a in answers])
     item_pos = torch.tensor([prompt[1] + [NO_ITEM] * width] * len(answers))
     with torch.no_grad():
-        log_p = model.logits(model(tokens, item_pos)).log_softmax(-1)
+        log_p = model.logits(model(tokens, item_pos)[0]).log_softmax(-1)
     return [sum(row[n + i - 1, token].item() for i, token in enumerate(answer))
             for row, answer in zip(log_p, answers)]
 
@@ -76,7 +77,7 @@ def test_beam_search_with_room_for_everything_equals_brute_force(toy, penalty, s
 
 
 def reference_beam(model, prompt, W, longest, shortest, penalty):
-    """The stated rules for one prompt, without cache, step by step."""
+    """The stated rules for one prompt, step by step."""
     alive, heap = [(0.0, [])], []
     for g in range(1, longest + 1):
         longer = [[*words, token] for _, words in alive for token in range(5)
@@ -113,10 +114,18 @@ def test_narrow_beams_follow_the_stated_rules_and_batches_change_nothing(toy, W,
         assert alone[0] == sequences
 
 
+def every_second_token(b: int, answer: list[int]) -> list[int]:
+    """Even and odd tokens take turns, and the prompts begin differently; 7 and 9 may always come.
+    """
+    return [token for token in range(61) if (token + len(answer) + b) % 2 or token in (7, 9)]
+
+
+@pytest.mark.parametrize("allowed", [None, every_second_token])
 @pytest.mark.parametrize("shortest", [0, 4])
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 @pytest.mark.parametrize("W, eos", [(1, [7]), (5, [7]), (10, [7]), (5, [7, 9])])
-def test_beam_search_equals_transformers_generate(tmp_path, llama, W, eos, penalty, shortest):
+def test_beam_search_equals_transformers_generate(tmp_path, llama, W, eos, penalty, shortest,
+                                                  allowed):
     """The weights are the same, the prompts differ in length, and answers end early and late,
     because EOS is made likely by its row of the output matrix.
     """
@@ -131,13 +140,16 @@ def test_beam_search_equals_transformers_generate(tmp_path, llama, W, eos, penal
     out = theirs.generate(ids, attention_mask=mask, num_beams=W, num_return_sequences=W,
                           max_new_tokens=12, min_new_tokens=shortest, length_penalty=penalty,
                           do_sample=False, eos_token_id=eos, pad_token_id=0,
+                          prefix_allowed_tokens_fn=allowed and (
+                              lambda b, ids: allowed(b, ids[T:].tolist())),
                           return_dict_in_generate=True, output_scores=True)
     ours, scores = beam_search(TemporalLlama(llama, "none"),
                                [(p, [NO_ITEM] * len(p)) for p in prompts], W, max_new_tokens=12,
-                               min_new_tokens=shortest, length_penalty=penalty, eos_ids=eos)
+                               min_new_tokens=shortest, length_penalty=penalty, eos_ids=eos,
+                               prefix_allowed_tokens_fn=allowed)
     lengths = {len(answer) for beams in ours for answer in beams}
     assert len(lengths) > 1 or W == 1
-    for mine, other in zip(itertools.chain(*ours), out.sequences[:, T:].tolist()):
+    for mine, other in zip(itertools.chain(*ours), out.sequences[:, T:].tolist(), strict=True):
         end = next((i + 1 for i, token in enumerate(other) if token in eos), 12)
         assert mine == other[:end] and set(other[end:]) <= {0, 7}       # theirs are padded
     if W > 1:
@@ -163,76 +175,123 @@ def test_eos_comes_no_earlier_than_the_fifth_token_by_default(toy):
     assert any(EOS in sequence for beams in found for sequence in beams)
 
 
-def test_two_steps_of_two_beams_by_hand():
-    """Word 2 is EOS. After one step the beams are 0 and 1; then both go on from 1. What ends is
-    reported and does not go on."""
-    alive = Beams(1, 2, "cpu")
-    total, tokens, ends = alive.advance(torch.tensor([[[-1.0, -3, -2]] * 2]), torch.tensor([2]))
-    assert total[0].tolist() == [-1, -2, -3] + [-math.inf]      # only the first beam has begun
-    assert tokens[0, :3, 0].tolist() == [0, 2, 1] and ends[0, :3].tolist() == [False, True, False]
-    assert alive.sums.tolist() == [[-1, -3]] and alive.parent.tolist() == [[0, 0]]
-    assert alive.ancestors.int().tolist() == [[[1, 0], [0, 1]]]
+class Markov(torch.nn.Module):
+    """The next token depends on the last one only; row i of the table has p(next | i)."""
 
-    log_p = torch.tensor([[[-9.0, -8, -7], [-0.5, -1, -1.5]]])
-    total, tokens, ends = alive.advance(log_p, torch.tensor([2]))
-    assert total[0].tolist() == [-3.5, -4, -4.5, -8]
-    assert ends[0].tolist() == [False, False, True, True]
-    assert tokens[0].tolist() == [[1, 0], [1, 1], [1, 2], [0, 2]]
-    assert alive.parent.tolist() == [[1, 1]] and alive.tokens[0].tolist() == [[1, 0], [1, 1]]
-    assert alive.ancestors.int().tolist() == [[[0, 1, 1, 0], [0, 1, 0, 1]]]
+    def __init__(self, table):
+        super().__init__()
+        self.log_p = torch.nn.Parameter(torch.tensor(table).log())
+
+    def forward(self, tokens, item_pos, positions=None, mask=None, past=None, last=0):
+        return self.log_p[tokens[:, -last:]], past
+
+    def logits(self, hidden):
+        return hidden
+
+
+@pytest.mark.parametrize("penalty, answers, log_p", [
+    (0.0, [[2, 3], [1, 3]], [math.log(0.36), math.log(0.25)]),
+    (1.0, [[2, 3], [1, 2, 3]], [math.log(0.36) / 2, math.log(0.135) / 3])])
+def test_two_beams_by_hand(penalty, answers, log_p):
+    """Word 3 is EOS. The likelier first word, 1, leads to the less likely answer.
+
+    After two steps there are the answers 2 3 (p = 0.4 · 0.9) and 1 3 (0.5 · 0.5), and the beams 1 2
+    (0.15) and 1 1 (0.1). In the third step 1 2 3 (0.15 · 0.9) ends, whose mean log p is larger than
+    that of 1 3. Nothing can follow then.
+    """
+    model = Markov([[0.0, 0.5, 0.4, 0.1], [0.0, 0.2, 0.3, 0.5], [0.0, 0.05, 0.05, 0.9], [0.0] * 4])
+    found, scores = beam_search(model, [([0], [NO_ITEM])], 2, 9, 0, penalty, [3])
+    assert found == [answers]
+    torch.testing.assert_close(scores, torch.tensor([log_p]))
 
 
 def test_beams_go_on_where_several_ends_are_likelier_than_any_word():
-    """Words 2 and 3 are EOS, and the four best continuations of both beams end."""
-    alive, eos = Beams(1, 2, "cpu"), torch.tensor([2, 3])
-    for step in (1, 2):
-        alive.advance(torch.tensor([[[-4.0, -5, -1, -2]] * 2]), eos)
-        assert (alive.tokens < 2).all() and alive.tokens.shape == (1, 2, step)
-    assert alive.sums.tolist() == [[-8, -9]]
+    """Words 2 and 3 are EOS, and in the second step the four best continuations end. Long answers
+    are favoured so much that all these are given up for longer ones."""
+    model = Markov([[0.07, 0.03, 0.6, 0.3]] * 4)
+    found, scores = beam_search(model, [([0], [NO_ITEM])], 2, 3, 0, 3.0, [2, 3])
+    assert found == [[[0, 0, 2], [0, 0, 3]]]
+    torch.testing.assert_close(scores, torch.tensor([[math.log(0.07**2 * 0.6) / 27,
+                                                      math.log(0.07**2 * 0.3) / 27]]))
 
 
-def test_kept_answers_stay_sorted_and_an_earlier_one_wins_a_tie():
-    ended = Ended(1, 2, "cpu")
-    ended.add(torch.tensor([[-2.0, -math.inf]]), torch.tensor([[[7], [8]]]))
-    assert ended.answers(0) == [[7]]
-    ended.add(torch.tensor([[-1.0, -2]]), torch.tensor([[[1, 2], [3, 4]]]))
-    assert ended.answers(0) == [[1, 2], [7]] and ended.scores.tolist() == [[-1, -2]]
+def test_what_comes_after_a_prompt_is_done_does_not_count():
+    """Word 2 is EOS and likeliest at first, so one beam is done; 1 1 1 1 would have more per token.
+    """
+    model = Markov([[0.0, 0.49, 0.51], [0.0, 0.99, 0.01], [0.0] * 3])
+    found, scores = beam_search(model, [([0], [NO_ITEM]), ([1], [NO_ITEM])], 1, 4, 0, 1.0, [2])
+    assert found == [[[2]], [[1, 1, 1, 1]]]
+    torch.testing.assert_close(scores, torch.tensor([[math.log(0.51)], [math.log(0.99)]]))
 
 
-@pytest.mark.parametrize("arguments", [{"beams": 0}, {"max_new_tokens": 0}, {"prompts": []}])
-def test_beam_search_refuses_nothing_to_do(toy, arguments):
-    with pytest.raises(ValueError, match="wanted at least one of each"):
-        beam_search(toy, **({"prompts": PROMPTS} | arguments))
+def test_kept_answers_are_sorted_and_an_earlier_one_wins_a_tie():
+    answers = [(-2.0, [3, 4]), (-math.inf, [8]), (-1.0, [1, 2]), (-2.0, [7])]
+    assert best_answers(answers, 2) == [(-1.0, [1, 2]), (-2.0, [3, 4])]
+    assert best_answers(answers, 9) == [(-1.0, [1, 2]), (-2.0, [3, 4]), (-2.0, [7])]
+
+
+def test_the_allowed_tokens_keep_their_log_p_and_all_others_lose_it():
+    log_p = torch.arange(12.0).view(1, 3, 4)
+    kept = keep_allowed(log_p, [[[0, 3], [], [2]]])
+    assert kept.tolist() == [[[0, -math.inf, -math.inf, 3], [-math.inf] * 4,
+                              [-math.inf, -math.inf, 10, -math.inf]]]
+
+
+def test_beams_that_may_follow_some_tokens_only_equal_brute_force_over_what_is_allowed(toy):
+    """Scores are the model's own log p. Prompts are restricted each by itself, one of them to
+    nothing, and there are no more answers than are allowed."""
+    def allowed(b: int, answer: list[int]) -> list[int]:
+        words = [[0, 1, 2, 3], [1, 2], []][b]
+        return [word for word in words if word not in answer] + [EOS] * bool(words and answer)
+    found, scores = beam_search(toy, PROMPTS, 60, 4, 0, 0.0, [EOS], allowed)
+    sizes = []
+    for b, (prompt, sequences, values) in enumerate(zip(PROMPTS, found, scores)):
+        answers = [a for a in all_answers(4, 0) if all(
+            token in allowed(b, a[:i]) for i, token in enumerate(a))]
+        exact = sorted(zip(log_likelihoods(toy, prompt, answers), answers), reverse=True
+                       ) if answers else []
+        assert sequences == [answer for _, answer in exact][:60]
+        torch.testing.assert_close(values[:len(sequences)], torch.tensor(
+            [log_p for log_p, _ in exact][:60]), rtol=1e-4, atol=1e-4)
+        assert (values[len(sequences):] == -math.inf).all()
+        sizes.append(len(answers))
+    assert sizes == [64, 4, 0]
 
 
 # ------------------------------------------------------------------ grounding and lists
 
 
+@pytest.fixture
+def catalogue(tokenizer) -> Catalogue:
+    return Catalogue(TITLES, "movies", tokenizer)
+
+
 @pytest.mark.parametrize("kind", ["rope", "sinpe"])
-def test_grounding_finds_each_catalogue_title_at_distance_0(temporal, kind):
+def test_grounding_finds_each_catalogue_title_at_distance_0(temporal, catalogue, kind):
     model = temporal(kind)
-    assert ground(model, TITLES, TITLES)[:, 0].tolist() == list(range(len(TITLES)))
-    quoted = ground(model, [f' "{t}" ' for t in TITLES], TITLES)
+    assert ground(model, TITLES, catalogue)[:, 0].tolist() == list(range(len(TITLES)))
+    quoted = ground(model, [f' "{t}" ' for t in TITLES], catalogue)
     assert quoted[:, 0].tolist() == list(range(len(TITLES)))
-    table = embed_titles(model, TITLES)
+    table = embed_titles(model, TITLES, catalogue.tokenizer)
     for rows in (1, 5):
-        torch.testing.assert_close(embed_titles(model, TITLES, rows), table, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(embed_titles(model, TITLES, catalogue.tokenizer, rows), table,
+                                   rtol=1e-4, atol=1e-5)
     for title, vector in zip(TITLES, table):        # BOS, the bare title, and nothing of an item
-        tokens = torch.tensor([model.tokenizer.bpe.encode(title).ids])
+        tokens = torch.tensor([catalogue.tokenizer.bpe.encode(title).ids])
         with torch.no_grad():
-            hidden = model(tokens, torch.full_like(tokens, NO_ITEM))
+            hidden, _ = model(tokens, torch.full_like(tokens, NO_ITEM))
         torch.testing.assert_close(vector, hidden[0, -1], rtol=1e-4, atol=1e-5)
 
 
-def test_an_empty_answer_is_grounded_as_eos_where_there_is_no_bos(temporal):
-    model = temporal()
-    bare = tokenizers.Tokenizer.from_str(model.tokenizer.bpe.to_str())
+def test_an_empty_answer_is_grounded_as_eos_where_there_is_no_bos(temporal, tokenizer):
+    model, bare = temporal(), tokenizers.Tokenizer.from_str(tokenizer.bpe.to_str())
     bare.post_processor = tokenizers.processors.Sequence([])
-    model.tokenizer = Tokenizer(bare, (7, 8))
+    without_bos = Tokenizer(bare, (7, 8))
     with torch.no_grad():
-        eos = model(torch.tensor([[7]]), torch.tensor([[NO_ITEM]]))[0, 0]
-    torch.testing.assert_close(embed_titles(model, ["Heat", '" "'])[1], eos)
-    assert sorted(ground(model, [""], TITLES)[0].tolist()) == list(range(len(TITLES)))
+        eos = model(torch.tensor([[7]]), torch.tensor([[NO_ITEM]]))[0][0, 0]
+    torch.testing.assert_close(embed_titles(model, ["Heat", '" "'], without_bos)[1], eos)
+    ranking = ground(model, [""], Catalogue(TITLES, "movies", without_bos))[0]
+    assert sorted(ranking.tolist()) == list(range(len(TITLES)))
 
 
 def test_nearest_by_hand_with_ties_by_item_id():
@@ -264,94 +323,119 @@ def test_clean_takes_spaces_and_quotes_off():
 HISTORIES = [[0, 1, 2], [5, 4, 3, 2, 1], [7, 8, 9, 10]]
 
 
-def prompts_of(model, histories, titles=TITLES):
-    examples = [encode_example(model.tokenizer, [titles[i] for i in h], None) for h in histories]
+def prompts_of(tokenizer, histories, titles=TITLES):
+    """Prompts of the factual world, encoded one by one."""
+    examples = [encode_example(tokenizer, [titles[i] for i in h], None) for h in histories]
     return [(e.tokens, e.item_pos) for e in examples]
 
 
-def answer_of(model, title) -> list[int]:
+def answer_of(tokenizer, title) -> list[int]:
     """`"title"` and EOS as they follow a prompt."""
-    example = encode_example(model.tokenizer, ["Heat"], title)
+    example = encode_example(tokenizer, ["Heat"], title)
     return [t for t, label in zip(example.tokens, example.labels) if label != IGNORE]
 
 
+def texts_of_beams(model, tokenizer, prompt, beams, longest, shortest) -> list[str]:
+    """What the beams of a prompt say."""
+    answers, _ = beam_search(model, [prompt], beams, longest, shortest, eos_ids=tokenizer.eos_ids)
+    return [clean(tokenizer.decode(answer)) for answer in answers[0]]
+
+
 @pytest.mark.parametrize("ground_list", ["merged", "single"])
-def test_free_beams_are_grounded_merged_and_rid_of_the_history(temporal, ground_list):
-    model = temporal("rope")
-    kept, dropped = (GroundedBeams(model, TITLES, "movies", Decoding(
+def test_free_beams_are_grounded_merged_and_rid_of_the_history(temporal, catalogue, ground_list):
+    """Answers of three tokens are among them, which are the shortest titles (D12)."""
+    model, tokenizer = temporal("rope"), catalogue.tokenizer
+    model.llama.lm_head.weight.data[tokenizer.eos_ids[0]] *= 10         # so that answers end early
+    kept, dropped = (GroundedBeams(model, catalogue, Decoding(
         beams=3, exclude_history=flag, ground_list=ground_list))(HISTORIES)
         for flag in (False, True))
-    longest = max(len(e.ids) for e in model.tokenizer.bpe.encode_batch(
-        [f'"{t}"' for t in TITLES], add_special_tokens=False))
-    for i, history in enumerate(HISTORIES):
-        answers, _ = beam_search(model, prompts_of(model, [history]), 3, longest + 8,
-                                 eos_ids=model.tokenizer.eos_ids)
-        texts = [clean(model.tokenizer.decode(a)) for a in answers[0]]
-        lists = ground(model, texts, TITLES).tolist()[:3 if ground_list == "merged" else 1]
-        for made, gone in ((kept, []), (dropped, history)):
-            ten = merge_lists(lists, gone, 10)
-            assert made.items[i].tolist() == ten + [-1] * (10 - len(ten))
-        assert kept.valid[i].tolist() == [t in TITLES for t in texts]
-    assert dropped.items[1].tolist().count(-1) == 2         # 13 titles less 5: eight are left
+    longest = max(len(answer_of(tokenizer, title)) for title in TITLES) - 1 + 8     # without EOS
+    longer = []
+    for i, prompt in enumerate(prompts_of(tokenizer, HISTORIES)):
+        texts = texts_of_beams(model, tokenizer, prompt, 3, longest, 3)
+        longer.append(texts_of_beams(model, tokenizer, prompt, 3, longest, 4) != texts)
+        rankings = ground(model, texts, catalogue).tolist()[:3 if ground_list == "merged" else 1]
+        for lists, excluded in ((kept, []), (dropped, HISTORIES[i])):
+            ten = merge_lists(rankings, excluded, 10)
+            assert lists.items[i].tolist() == ten + [-1] * (10 - len(ten))
+        assert kept.valid[i].tolist() == [text in TITLES for text in texts]
+    assert any(longer) and dropped.items[1].tolist().count(-1) == 2     # 13 titles less 5 are 8
     assert np.isnan(kept.log_p).all()
 
 
-def test_prompts_come_by_length_each_once_with_its_own_ages(temporal):
-    model, ages = temporal(), [[3.5, 1.0, 0.0], [9.0, 8.0, 2.5, 1.5, 0.5], [4.0, 3.0, 2.0, 1.0]]
-    made = list(prompts_by_length(model, TITLES, "movies", HISTORIES, ages, 2, ""))
-    assert [len(chunk) for chunk, _ in made] == [2, 1]
-    sizes = [len(tokens) for _, prompts in made for tokens, _ in prompts]
-    assert sizes == sorted(sizes) and len(set(sizes)) > 1
-    rows = [(i, prompt) for chunk, prompts in made for i, prompt in zip(chunk, prompts)]
+def test_only_the_factual_world_recommends(temporal, catalogue):
+    """§4.4: the lists are those of prompts with their items' positions, and not of the same prompts
+    with the order erased.
+
+    Beams on titles are so many that they find the likeliest titles of all.
+    """
+    model, tokenizer = temporal("rope"), catalogue.tokenizer
+    free = GroundedBeams(model, catalogue, Decoding(beams=3, exclude_history=False))
+    on_titles = TitleBeams(model, catalogue, exclude_history=False, beams=len(TITLES))
+    lists = free(HISTORIES).items.tolist(), on_titles(HISTORIES).items.tolist()
+    answers = [answer_of(tokenizer, title) for title in TITLES]
+    for i, (tokens, item_pos) in enumerate(prompts_of(tokenizer, HISTORIES)):
+        for world, expected in ((item_pos, True),
+                                (erase_order(torch.tensor(item_pos)).tolist(), False)):
+            prompt = (tokens, world)
+            texts = texts_of_beams(model, tokenizer, prompt, 3, free.longest, free.shortest)
+            log_p = log_likelihoods(model, prompt, answers)
+            likeliest = sorted(range(len(TITLES)), key=lambda item, log_p=log_p: -log_p[item])
+            assert (lists[0][i] == merge_lists(ground(model, texts, catalogue).tolist())
+                    ) == expected
+            assert (lists[1][i] == likeliest[:10]) == expected
+
+
+def test_prompts_come_by_length_each_once_with_its_own_ages(catalogue):
+    ages = [np.array(row) for row in (
+        [3.5, 1.0, 0.0], [9.0, 8.0, 2.5, 1.5, 0.5], [4.0, 3.0, 2.0, 1.0])]
+    groups = list(prompts_by_length(catalogue, HISTORIES, ages, 2, ""))
+    assert [len(chunk) for chunk, _ in groups] == [2, 1]
+    letters = [sum(len(TITLES[item]) for item in HISTORIES[i]) for chunk, _ in groups
+               for i in chunk]
+    assert letters == sorted(letters) and len(set(letters)) == 3
+    rows = [(i, prompt) for chunk, prompts in groups for i, prompt in zip(chunk, prompts)]
     assert sorted(i for i, _ in rows) == [0, 1, 2]
     for i, (tokens, item_pos) in rows:
-        e = encode_example(model.tokenizer, [TITLES[item] for item in HISTORIES[i]], None,
+        e = encode_example(catalogue.tokenizer, [TITLES[item] for item in HISTORIES[i]], None,
                            ages=ages[i])
         assert (tokens, item_pos) == (e.tokens, e.item_pos) and ages[i][0] in item_pos
 
 
 def test_d12_answers_may_be_as_short_as_the_shortest_title_and_little_longer_than_the_longest(
-        temporal, monkeypatch):
-    asked, search = [], evaluate.beam_search
-    monkeypatch.setattr(evaluate, "beam_search", lambda *args: (asked.append(args[2:]),
-                                                                search(*args))[1])
-    for titles in (TITLES, TITLES[:2], [*TITLES, "a b c d e " * 20]):
-        model = temporal()
-        sizes = [len(answer_of(model, title)) - 1 for title in titles]          # without EOS
-        GroundedBeams(model, titles, "movies", Decoding(beams=2, length_penalty=0.5))([[0, 1]])
-        assert asked.pop() == (2, min(128, max(sizes) + 8), min(4, min(sizes)), 0.5,
-                               model.tokenizer.eos_ids)
-    assert min(len(answer_of(model, title)) - 1 for title in TITLES) < 4 and max(sizes) > 120
+        temporal, tokenizer):
+    lengths = []
+    for titles in (TITLES, ["rare words", "rarer words"], [*TITLES, "a b c d e " * 20]):
+        sizes = [len(answer_of(tokenizer, title)) - 1 for title in titles]      # without EOS
+        recommender = GroundedBeams(temporal(), Catalogue(titles, "movies", tokenizer))
+        assert recommender.shortest == min(4, min(sizes))
+        assert recommender.longest == min(128, max(sizes) + 8)
+        lengths.append((recommender.shortest, recommender.longest))
+    assert len(set(lengths)) == 3 and lengths[2][1] == 128 and lengths[1][0] > lengths[0][0]
 
 
-def test_a_long_history_does_not_run_out_of_neighbours(temporal):
-    model, titles = temporal(), [f"{t} {i}" for i in (1, 2) for t in TITLES]
-    long = list(range(1, 16))
-    made = GroundedBeams(model, titles, "movies", Decoding(beams=1, ground_list="single"))(
-        [[0], long]).items
-    assert (made >= 0).all() and not set(made[1].tolist()) & set(long)
+def test_a_long_history_does_not_run_out_of_neighbours(temporal, tokenizer):
+    titles, long = [f"{t} {i}" for i in (1, 2) for t in TITLES], list(range(1, 16))
+    items = GroundedBeams(temporal(), Catalogue(titles, "movies", tokenizer),
+                          Decoding(beams=1, ground_list="single"))([[0], long]).items
+    assert (items >= 0).all() and not set(items[1].tolist()) & set(long)
 
 
-def test_d11_base_weights_ground_without_the_factors(temporal):
+def test_d11_base_weights_ground_without_the_factors(temporal, catalogue):
     """Titles and texts are embedded without them; the texts themselves come from the tuned model.
     """
-    model = temporal()
-    plain = embed_titles(model, TITLES)
+    model, (prompt,) = temporal(), prompts_of(catalogue.tokenizer, HISTORIES[:1])
     for p in add_lora(model, dropout=0.0):
         p.data.normal_(std=0.5)
-    makers = {how: GroundedBeams(model, TITLES, "movies", Decoding(
-        beams=2, ground_with=how, exclude_history=False)) for how in ("base", "tuned")}
-    for how, maker in makers.items():
-        with maker.weights():
-            assert torch.allclose(embed_titles(model, TITLES), plain) == (how == "base")
-    answers, _ = beam_search(model, prompts_of(model, HISTORIES[:1]), 2, makers["base"].longest,
-                             makers["base"].shortest, eos_ids=model.tokenizer.eos_ids)
-    texts = [model.tokenizer.decode(answer) for answer in answers[0]]
+    recommenders = {weights: GroundedBeams(model, catalogue, Decoding(
+        beams=2, ground_with=weights, exclude_history=False)) for weights in ("base", "tuned")}
+    texts = texts_of_beams(model, catalogue.tokenizer, prompt, 2, recommenders["base"].longest,
+                           recommenders["base"].shortest)
+    by_tuned = merge_lists(ground(model, texts, catalogue).tolist())
     with without_factors(model):
-        by_base = merge_lists(ground(model, texts, TITLES).tolist())
-    made = {how: maker(HISTORIES[:1]).items[0].tolist() for how, maker in makers.items()}
-    assert made["base"] == by_base
-    assert made["tuned"] == merge_lists(ground(model, texts, TITLES).tolist()) != by_base
+        by_base = merge_lists(ground(model, texts, catalogue).tolist())
+    assert recommenders["base"](HISTORIES[:1]).items[0].tolist() == by_base
+    assert recommenders["tuned"](HISTORIES[:1]).items[0].tolist() == by_tuned != by_base
 
 
 def test_a_hundred_thousand_titles_are_ranked_in_bounded_pieces(monkeypatch):
@@ -370,40 +454,30 @@ def test_a_hundred_thousand_titles_are_ranked_in_bounded_pieces(monkeypatch):
 # ------------------------------------------------------------------ what is run, and how often
 
 
-def test_the_common_prefix_runs_once_each_prompt_once_and_finished_prompts_leave(toy):
-    """Tokens that go through the model, by rows and columns of each forward."""
+def test_the_common_prefix_runs_once_each_prompt_once_and_beams_token_by_token(toy):
+    """Rows and columns of each forward."""
     ran = []
     toy.register_forward_pre_hook(lambda module, args: ran.append(tuple(args[0].shape)))
     prompts = [([1, 2, 0] + rest, [NO_ITEM] * (3 + len(rest))) for rest in ([3], [3, 1], [2, 2])]
-    W, longest = 3, 6
-    beam_search(toy, prompts, W, longest, 0, 0.0, [EOS])
-    assert ran[:2] == [(1, 3), (3, 2)]
-    assert all(columns == W for _, columns in ran[2:]) and len(ran) <= 2 + longest - 1
-    rows = [rows for rows, _ in ran[2:]]
-    assert rows == sorted(rows, reverse=True) and rows[-1] < 3
-    alone = []
-    for prompt in prompts:
-        ran.clear()
-        beam_search(toy, [prompt], W, longest, 0, 0.0, [EOS])
-        alone.append(len(ran) - 1)
-    assert rows == [sum(steps > g for steps in alone) for g in range(max(alone))]
+    beam_search(toy, prompts, 3, 6, 6, 0.0, [EOS])
+    assert ran == [(1, 2), (3, 3)] + [(3, 3)] * 5
 
 
-def test_prompts_of_unequal_length_are_prefilled_as_each_alone(toy):
-    """The logits after each prompt, and those after more tokens behind the shared cache."""
+def test_prompts_of_unequal_length_are_read_as_each_alone(toy):
+    """The logits after each prompt, which columns hold it, and those after three more tokens."""
     prompts = [([1, 2, 0, 3, 1], [NO_ITEM] * 5), ([1, 2, 2], [NO_ITEM] * 3)]
+    more = torch.tensor([[3, 1, 2], [0, 0, 1]])
     with torch.inference_mode():
-        cache, logits = prefill(toy, prompts)
+        logits, past, seen = read_prompts(toy, prompts)
+        mask = torch.cat((seen[:, None].expand(2, 3, -1), torch.ones(2, 3, 3).tril().bool()), -1)
+        hidden, _ = toy(more, torch.full_like(more, NO_ITEM), mask.sum(dim=-1) - 1, mask[:, None],
+                        past)
         for row, (tokens, _) in enumerate(prompts):
-            alone = toy.logits(toy(torch.tensor([tokens]), torch.full((1, len(tokens)), NO_ITEM)))
-            torch.testing.assert_close(logits[row], alone[0, -1])
-        new = torch.tensor([[3], [0]])
-        for _ in range(3):
-            hidden = toy(new, torch.full_like(new, NO_ITEM), cache=cache)
-            for row, (tokens, _) in enumerate(prompts):
-                tokens.append(int(new[row]))
-                alone = toy(torch.tensor([tokens]), torch.full((1, len(tokens)), NO_ITEM))
-                torch.testing.assert_close(hidden[row, 0], alone[0, -1])
+            whole = torch.tensor([tokens + more[row].tolist()])
+            alone, _ = toy(whole, torch.full_like(whole, NO_ITEM))
+            torch.testing.assert_close(logits[row], toy.logits(alone[0, len(tokens) - 1]))
+            torch.testing.assert_close(hidden[row], alone[0, len(tokens):])
+    assert seen.int().tolist() == [[1, 1, 1, 1, 1], [1, 0, 0, 1, 1]]
 
 
 # ------------------------------------------------------------------ ranks and metrics
@@ -435,12 +509,12 @@ def test_a_list_is_worth_the_metric_at_the_rank_of_the_answer():
     assert (list_values(np.array([[3, -1, -1]]), np.array([8])) == 0).all()
 
 
-def test_a_list_is_worth_the_expectation_where_the_law_is_known():
-    """By hand, and as the mean over answers drawn from the law."""
-    law, items = np.array([[0.5, 0.3, 0.2, 0.0]]), np.array([[1, 0, -1]])
+def test_a_list_is_worth_the_expectation_where_the_true_distribution_is_known():
+    """By hand, and as the mean over answers drawn from it."""
+    true_p, items = np.array([[0.5, 0.3, 0.2, 0.0]]), np.array([[1, 0, -1]])
     by_hand = [0.8, 0.3 + 0.5 / math.log2(3)] * 2
-    np.testing.assert_allclose(list_values(items, np.array([0]), law)[0], by_hand)
-    drawn = np.random.default_rng(1).choice(4, 20_000, p=law[0])
+    np.testing.assert_allclose(list_values(items, np.array([0]), true_p)[0], by_hand)
+    drawn = np.random.default_rng(1).choice(4, 20_000, p=true_p[0])
     simulated = list_values(np.repeat(items, len(drawn), axis=0), drawn).mean(axis=0)
     np.testing.assert_allclose(simulated, by_hand, atol=0.01)
 
@@ -477,9 +551,9 @@ def test_evaluation_reads_histories_forward_backward_and_shuffled():
 
     def pretend(histories, ages=None, progress=""):
         seen.append([list(h) for h in histories])
-        made = Lists.empty(len(histories), 2)
-        made.items[:] = np.arange(10) + 5 * progress.endswith("reversed")
-        return made
+        lists = Lists.empty(len(histories), 2)
+        lists.items[:] = np.arange(10) + 5 * progress.endswith("reversed")
+        return lists
     rows, arrays = evaluate_order({"beams": pretend}, test)
     original, backward, shuffled = seen
     assert original == [test.history(i).tolist() for i in range(len(test))]
@@ -500,9 +574,9 @@ def test_evaluation_reads_histories_forward_backward_and_shuffled():
     np.testing.assert_array_equal(arrays["sequence"], test.targets)
     np.testing.assert_array_equal(arrays["lists/beams/reversed"], [np.arange(5, 15)] * len(test))
     assert arrays["valid/beams/shuffled"].shape == (len(test), 2)
-    law = world.law(original)
-    valued, _ = evaluate_order({"beams": pretend}, test, law)
-    assert valued["beams"]["HR@5"][0] == pytest.approx(law[:, :5].sum(axis=1).mean())
+    true_p = world.true_distribution(original)
+    valued, _ = evaluate_order({"beams": pretend}, test, true_p)
+    assert valued["beams"]["HR@5"][0] == pytest.approx(true_p[:, :5].sum(axis=1).mean())
 
 
 def test_recommenders_get_the_ages_of_items_where_k_is_read_off_the_clock():
@@ -510,13 +584,13 @@ def test_recommenders_get_the_ages_of_items_where_k_is_read_off_the_clock():
     answer comes 10, 8 and 7 days after the items."""
     x = Interactions(np.zeros(4, dtype=int), np.arange(4), np.array([0, 2, 3, 10]) * 86_400,
                      list("abcd"))
-    got = []
+    passed = []
     for index in ("order", "time"):
         sequences = make_sequences(x, index=index)
-        evaluate_order({"beams": lambda given, ages, progress: (
-            got.append(ages), Lists.empty(len(given)))[1]}, sequences)
-    assert got[:3] == [None] * 3
-    for ages in got[3:]:
+        evaluate_order({"beams": lambda histories, ages, progress: (
+            passed.append(ages), Lists.empty(len(histories)))[1]}, sequences)
+    assert passed[:3] == [None] * 3
+    for ages in passed[3:]:
         np.testing.assert_allclose(ages, [np.log2([11, 9, 8])])
 
 

@@ -25,19 +25,22 @@ import torch
 from conftest import TITLES
 
 import cetrec
+import data
 from cetrec import TemporalLlama, cetrec_loss, erase_order, twin_forward
-from data import (IGNORE, NO_ITEM, collate, encode_example,
-                  make_sequences, split_by_time)
-from evaluate import METRICS, Lists, format_table
-from experiments import explain, figures, recommend, report
+from data import (IGNORE, NO_ITEM, Catalogue, Tokenizer, collate, encode_example, make_sequences,
+                  split_by_time)
+from evaluate import METRICS, Lists
+from experiments import benchmark, explain, figures, recommend, report
 from experiments.explain import explanation
 from experiments.markup import score_table
 from experiments.report import Run, agreement, compare, describe, paired_bootstrap, read_runs
 from experiments.titles import resolve_titles, side_by_side
 from llama import load_llama
-from support.checkpoints import fingerprint, read_tokenizer
-from support.runs import load_adapter
+from lora import LoraConfig, LoraLinear, load_lora
+from support.counting import format_table
+from support.checkpoints import read_tokenizer
 from support.synthetic import SyntheticWorld
+from support.tiny import TINY_BASES
 from support.trie import ExactTitles
 
 GOLDEN = Path(__file__).with_name("explanation.txt")
@@ -67,8 +70,8 @@ def runs(tmp_path_factory, small_and_quick) -> Path:
     """
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cetrec.TINY_BASES, "synthetic", replace(
-            cetrec.TINY_BASES["synthetic"], pieces=1_000, hidden_size=32, intermediate_size=64,
+        patch.setitem(TINY_BASES, "synthetic", replace(
+            TINY_BASES["synthetic"], pieces=1_000, hidden_size=32, intermediate_size=64,
             max_sequences=800, batch_size=16, epochs=20, lr=1e-2, warmup=10))
         assert cetrec.main([*QUICK, "--max-steps", "3", "--lr", "0.003", "--warmup", "0", "--out",
                             str(root)]) == 0
@@ -94,16 +97,6 @@ def base(runs) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapter(runs, run_folder) -> Path:
-    """The run's adapter alone, without the record of the run."""
-    folder = runs / "adapter"
-    folder.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors", "temporal.json"):
-        shutil.copy(run_folder / name, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def whole_test_set(small_and_quick):
     """The test split of the runs."""
     return split_by_time(make_sequences(SyntheticWorld().interactions()))[2]
@@ -116,15 +109,11 @@ def test_set(whole_test_set):
 
 
 @pytest.fixture(scope="module")
-def open_base(base):
-    """() -> the base; (adapter folder) -> the tuned model."""
-    def build(folder: Path | None = None) -> TemporalLlama:
-        model = TemporalLlama(load_llama(base), "rope", tokenizer=read_tokenizer(base),
-                              base=fingerprint(base))
-        if folder:
-            load_adapter(model, folder)
-        return model.eval()
-    return build
+def tuned(base, run_folder) -> tuple[TemporalLlama, Tokenizer]:
+    """The model that the run tuned, and its tokenizer."""
+    llama = load_llama(base)
+    load_lora(llama, run_folder)
+    return TemporalLlama(llama, "rope").eval(), read_tokenizer(base)
 
 
 def error_line(capsys) -> str:
@@ -142,7 +131,8 @@ def error_line(capsys) -> str:
 def logits_by_hand(model, example, erased: bool = False) -> tuple[torch.Tensor, list[int]]:
     """Logits before each answer token (M, V) and the answer tokens."""
     item_pos = [0 if erased and k != NO_ITEM else k for k in example.item_pos]
-    logits = model.logits(model(torch.tensor([example.tokens]), torch.tensor([item_pos])))[0]
+    hidden, _ = model(torch.tensor([example.tokens]), torch.tensor([item_pos]))
+    logits = model.logits(hidden)[0]
     answer = [i for i, label in enumerate(example.labels) if label != IGNORE]
     return logits[[i - 1 for i in answer]].double(), [example.tokens[i] for i in answer]
 
@@ -152,14 +142,22 @@ def log_p_by_hand(logits: torch.Tensor, targets: list[int]) -> np.ndarray:
 
 
 @torch.no_grad()
-def title_p_by_hand(model, history: list[str], titles: list[str], erased: bool) -> dict[str, float]:
-    """Probability of every title after the history, each scored as prompt and answer."""
-    batch = collate(model.tokenizer.examples([history] * len(titles), titles))
-    k = batch.item_pos
-    log_p = model.logits(model(batch.tokens, torch.where(k > 0, 0, k) if erased else k)
-                         ).log_softmax(-1)
-    taken = log_p.gather(2, batch.labels.clamp(min=0)[..., None])[..., 0]
-    return dict(zip(titles, (taken * (batch.labels != IGNORE)).sum(1).exp().tolist()))
+def title_p_by_hand(model, tokenizer, history: list[str], titles: list[str],
+                    erased: bool) -> dict[str, float]:
+    """Probability of every title after the history, each scored as prompt and answer.
+
+    Pads stand behind the answers, where no token looks at them.
+    """
+    examples = tokenizer.examples([history] * len(titles), titles)
+    T = max(len(e.tokens) for e in examples)
+    tokens, k, labels = (
+        torch.tensor([row + [fill] * (T - len(row)) for row in rows]) for fill, rows in (
+            (0, [e.tokens for e in examples]), (NO_ITEM, [e.item_pos for e in examples]),
+            (IGNORE, [e.labels for e in examples])))
+    hidden, _ = model(tokens, torch.where(k > 0, 0, k) if erased else k)
+    log_p, following = model.logits(hidden)[:, :-1].log_softmax(-1), labels[:, 1:]
+    of_answer = log_p.gather(2, following.clamp(min=0)[..., None])[..., 0]
+    return dict(zip(titles, (of_answer * (following != IGNORE)).sum(1).exp().tolist()))
 
 
 ROW = re.compile(r"^ ?(\d+)  ([* ]) (.{34}) *(\S+) %   ([* ]) (.{34}) *(\S+) %$", re.M)
@@ -172,10 +170,11 @@ def printed_lists(text: str) -> list[dict[str, str]]:
     return [{row[at].strip(): row[at + 1] for row in rows} for at in (2, 5)]
 
 
-def assert_best_titles(text: str, model, history: list[str], titles: list[str], length: int):
+def assert_best_titles(text: str, model, tokenizer, history: list[str], titles: list[str],
+                       length: int):
     """Both printed lists are the best titles outside the history, with their probabilities."""
     for erased, printed in zip((False, True), printed_lists(text)):
-        p = title_p_by_hand(model, history, titles, erased)
+        p = title_p_by_hand(model, tokenizer, history, titles, erased)
         best = sorted((p[title] for title in titles if title not in history), reverse=True)
         assert [p[title] for title in printed] == pytest.approx(best[:length], rel=1e-4)
         for title, percent in printed.items():      # three decimals or one digit, as 8e-10
@@ -213,13 +212,13 @@ def test_the_explanation_of_a_fixed_model_is_the_golden_one(fixed, tokenizer):
     """Numbers may differ in the third decimal, where another CPU rounds otherwise."""
     model, _, _, _, text = fixed
     history = [TITLES.index(title) for title in HISTORY]
-    recommender = ExactTitles(model, TITLES, "movies")
+    recommender = ExactTitles(model, Catalogue(TITLES, "movies", tokenizer))
     lists = recommender([history]), recommender([history], [np.zeros(len(history))])
-    one = encode_example(tokenizer, ["Ran"], "Heat", ages=[0.0])
+    one = encode_example(tokenizer, ["Ran"], "Heat", ages=np.array([0.0]))
     dated = encode_example(tokenizer, ["Ran", "Heat"], "Seven 7 Samurai (1954)",
-                           ages=[2.25, 0.5])
+                           ages=np.array([2.25, 0.5]))
     text += side_by_side(TITLES, *lists, 5, TITLES.index(ANSWER))
-    assert_best_titles(text, model, HISTORY, TITLES, 5)
+    assert_best_titles(text, model, tokenizer, HISTORY, TITLES, 5)
     for example in (one, dated):
         batch = collate([example])
         with torch.no_grad():
@@ -297,15 +296,15 @@ def test_side_by_side_marks_the_answer_cuts_long_titles_and_leaves_gaps():
 
 
 def test_explain_shows_prompt_tokens_losses_and_five_titles_of_one_test_sequence(
-        run_folder, open_base, test_set, capsys):
+        run_folder, tuned, test_set, capsys):
     assert explain.main([str(run_folder), "7"]) == 0
-    text, model = capsys.readouterr().out, open_base(run_folder)
-    history, answer = test_set.words(test_set.history(7)), test_set.titles[test_set.target(7)]
+    text, (model, tokenizer) = capsys.readouterr().out, tuned
+    history, answer = test_set.titles_of(test_set.history(7)), test_set.titles[test_set.target(7)]
     assert "test sequence 7 of the 40 of the evaluation\n" in text
     for k, title in enumerate(reversed(history)):
         assert f"⟨{title}⟩[k={k}, tokens " in text
     assert f'### Response:\n"{answer}"<|end of text|>\n' in text
-    example = encode_example(model.tokenizer, history, answer)
+    example = encode_example(tokenizer, history, answer)
     (factual, targets), (erased, _) = (logits_by_hand(model, example, world)
                                        for world in (False, True))
     log_f, log_cf, log_effect = (log_p_by_hand(logits, targets)
@@ -319,9 +318,9 @@ def test_explain_shows_prompt_tokens_losses_and_five_titles_of_one_test_sequence
     assert [float(x) for x in told.groups()] == pytest.approx(
         [loss_ta, loss_ct, loss_ta + 0.1 * loss_ct], abs=2e-4)
     assert len(ROW.findall(text)) == 5 and f"* the answer: {answer}\n" in text
-    assert_best_titles(text, model, history, test_set.titles, 5)
+    assert_best_titles(text, *tuned, history, test_set.titles, 5)
     assert explain.main([str(run_folder), "7", "--no-exclude-history"]) == 0
-    kept, p = capsys.readouterr().out, title_p_by_hand(model, history, test_set.titles, False)
+    kept, p = capsys.readouterr().out, title_p_by_hand(*tuned, history, test_set.titles, False)
     assert list(printed_lists(kept)[0]) == sorted(p, key=p.get, reverse=True)[:5]
 
 
@@ -333,7 +332,7 @@ def test_sequences_are_counted_as_in_the_report_and_are_more_by_a_flag(run_folde
         assert explain.main([str(run_folder), *flags]) == 0
         text = capsys.readouterr().out
         assert f"test sequence 0 of the {len(sequences)} of the evaluation\n" in text
-        assert f"⟨{sequences.words(sequences.history(0))[-1]}⟩[k=0, " in text
+        assert f"⟨{sequences.titles_of(sequences.history(0))[-1]}⟩[k=0, " in text
         assert f"* the answer: {sequences.titles[sequences.target(0)]}\n" in text
     assert run.titles[run.arrays["target"][0]] == test_set.titles[test_set.target(0)]
 
@@ -371,8 +370,7 @@ def test_a_run_by_the_clock_is_explained_with_its_ages(tmp_path, base, capsys, m
 CANYON = "Dusty Canyon"
 
 
-def test_recommend_gives_the_ten_best_titles_of_both_worlds(run_folder, open_base, test_set,
-                                                             capsys):
+def test_recommend_gives_the_ten_best_titles_of_both_worlds(run_folder, tuned, test_set, capsys):
     history = ["Silent Orbit", "Dusty Canyon 2", CANYON]
     assert recommend.main([str(run_folder), *history[:2], "dusty canyn"]) == 0
     text = capsys.readouterr().out
@@ -380,7 +378,7 @@ def test_recommend_gives_the_ten_best_titles_of_both_worlds(run_folder, open_bas
     assert ("history, oldest first: Silent Orbit [k=2], Dusty Canyon 2 [k=1], Dusty Canyon [k=0]\n"
             in text)
     assert len(ROW.findall(text)) == 10
-    assert_best_titles(text, open_base(run_folder), history, test_set.titles, 10)
+    assert_best_titles(text, *tuned, history, test_set.titles, 10)
     factual, erased = printed_lists(text)
     assert any(factual[title] != erased.get(title) for title in factual)
 
@@ -395,26 +393,8 @@ def test_titles_may_stand_between_and_behind_flags(run_folder, capsys):
     assert ROW.findall(capsys.readouterr().out) == ROW.findall(text)
 
 
-def test_an_adapter_without_its_run_recommends_as_the_run_does(run_folder, adapter, base, capsys):
-    titles = ["Silent Orbit", CANYON]
-    assert recommend.main([str(run_folder), *titles]) == 0
-    assert recommend.main([str(adapter), *titles, "--model", str(base), "--data",
-                           "synthetic"]) == 0
-    rows = ROW.findall(capsys.readouterr().out)
-    assert len(rows) == 20 and rows[:10] == rows[10:]
-
-
-def test_a_base_recommends_untuned(base, open_base, test_set, capsys):
-    titles = ["Silent Orbit", "Dusty Canyon 3"]
-    assert recommend.main([str(base), *titles, "--data", "synthetic"]) == 0
-    text = capsys.readouterr().out
-    assert len(ROW.findall(text)) == 10
-    assert_best_titles(text, open_base(), titles, test_set.titles, 10)
-
-
-def test_the_history_is_left_out_unless_it_shall_be_kept(run_folder, open_base, test_set, capsys):
-    model, titles = open_base(run_folder), test_set.titles
-    p = title_p_by_hand(model, [CANYON], titles, False)
+def test_the_history_is_left_out_unless_it_shall_be_kept(run_folder, tuned, test_set, capsys):
+    p = title_p_by_hand(*tuned, [CANYON], test_set.titles, False)
     best = max(p, key=p.get)                # so likely that it is also among the ten after itself
     assert recommend.main([str(run_folder), best]) == 0
     assert not any(best in printed for printed in printed_lists(capsys.readouterr().out))
@@ -426,30 +406,17 @@ def test_the_history_is_left_out_unless_it_shall_be_kept(run_folder, open_base, 
     (explain, ["RUN", "40"], "test sequence 40; wanted a number from 0 to 39; --eval-sequences 0"),
     (explain, ["RUN", "-1"], "test sequence -1; wanted a number from 0 to 39"),
     (explain, ["BASE", "7"], "run.json: not found; experiments.explain wants the folder of a run"),
-    (explain, ["ADAPTER"], "run.json: not found; experiments.explain wants the folder of a run"),
+    (recommend, ["BASE", CANYON],
+     "run.json: not found; experiments.recommend wants the folder of a run"),
     (recommend, ["RUN", *[CANYON] * 11], "11 titles; wanted 1 to 10, the newest last"),
     (recommend, ["RUN", "Dusty"], "'Dusty': which one? Dusty Canyon; Dusty Canyon 2; "),
     (recommend, ["RUN", CANYON, "xyzzy"], "'xyzzy': no title like it among the 300"),
-    (recommend, ["RUN", CANYON, "--data", "synthetic"],
-     "experiments.recommend takes data, base and tuning from the run; it does not go with --data"),
-    (recommend, ["BASE", CANYON], "not a run, so name the catalogue with --data"),
-    (recommend, ["BASE", CANYON, "--data", "synthetic", "--model", "BASE"],
-     "neither a run nor an adapter, so --model does not go with it"),
-    (recommend, ["nowhere", CANYON, "--data", "synthetic"], "nowhere/config.json: not found"),
-    (recommend, ["nowhere", CANYON], "wanted a run (run.json), an adapter (adapter_config.json), "),
-    (recommend, ["ADAPTER", CANYON], "not a run, so name the catalogue with --data"),
-    (recommend, ["ADAPTER", CANYON, "--data", "synthetic"],
-     "an adapter, so name its base with --model"),
-    (recommend, ["ADAPTER", CANYON, "--data", "synthetic", "--model", "tiny"],
-     "an adapter, so name its base with --model"),
-    (recommend, ["ADAPTER", CANYON, "--data", "synthetic", "--model", "BASE", "--temporal",
-                 "sinpe"], "the adapter was tuned with temporal rope"),
+    (recommend, ["RUN", CANYON, "--model", "nowhere"], "nowhere: not found, but the run was tuned"),
 ])
-def test_each_contradiction_is_one_line_and_status_2(runs, run_folder, base, adapter, capsys,
-                                                     command, arguments, message, monkeypatch):
-    monkeypatch.chdir(runs)
-    places = {"RUN": str(run_folder), "BASE": str(base), "ADAPTER": str(adapter)}
-    assert command.main([places.get(argument, argument) for argument in arguments]) == 2
+def test_each_contradiction_is_one_line_and_status_2(run_folder, base, capsys, command, arguments,
+                                                     message):
+    folders = {"RUN": str(run_folder), "BASE": str(base)}
+    assert command.main([folders.get(argument, argument) for argument in arguments]) == 2
     assert message in error_line(capsys)
 
 
@@ -457,9 +424,9 @@ def test_each_contradiction_is_one_line_and_status_2(runs, run_folder, base, ada
     (explain, [], "arguments are required: RUN"), (explain, ["x", "seven"], "invalid int value"),
     (explain, ["x", "7", "8"], "unrecognized arguments: 8"),
     (explain, ["x", "--lr", "1"], "unrecognized arguments: --lr"),
-    (recommend, [], "arguments are required: WHERE, TITLE"),
+    (recommend, [], "arguments are required: RUN, TITLE"),
     (recommend, ["x", "--device", "cpu"], "arguments are required: TITLE"),
-    (recommend, ["x", "Heat", "--epochs", "2"], "unrecognized arguments: --epochs"),
+    (recommend, ["x", "Heat", "--data", "synthetic"], "unrecognized arguments: --data"),
     (report, [], "arguments are required: RUN"),
 ])
 def test_a_wrong_command_line_is_told_with_the_right_one(capsys, command, arguments, message):
@@ -470,10 +437,9 @@ def test_a_wrong_command_line_is_told_with_the_right_one(capsys, command, argume
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("catalogue.json", None, "catalogue.json: not found; python cetrec.py --eval-only"),
-    ("catalogue.json", "[]", "catalogue.json: not a JSON object"),
-    ("catalogue.json", '{"domain": "movies"}', "catalogue.json: not a run's catalogue"),
     ("run.json", "{", "run.json: not valid JSON"),
+    ("temporal.json", None, "temporal.json: not found"),
+    ("temporal.json", "{}", "temporal.json: not the settings of an adapter"),
     ("adapter_config.json", None, "adapter_config.json: not found"),
 ])
 def test_a_damaged_run_is_named_by_the_file(run_folder, base, tmp_path, capsys, name, content,
@@ -487,29 +453,6 @@ def test_a_damaged_run_is_named_by_the_file(run_folder, base, tmp_path, capsys, 
     assert message in error_line(capsys)
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, "temporal.json: not found"), ("{}", "temporal.json: not the settings of an adapter"),
-    ("[1]", "temporal.json: not a JSON object"),
-    ('{"temporal": "rope", "index": "time"}', "its index is time, and titles without dates")])
-def test_an_adapter_says_how_it_was_tuned(adapter, base, tmp_path, capsys, content, message):
-    folder = shutil.copytree(adapter, tmp_path / "adapter")
-    (folder / "temporal.json").unlink()
-    if content:
-        (folder / "temporal.json").write_text(content)
-    assert recommend.main([str(folder), CANYON, "--model", str(base), "--data",
-                           "synthetic"]) == 2
-    assert message in error_line(capsys)
-
-
-def test_an_adapter_of_sinpe_brings_its_scale(tmp_path):
-    saved = {"temporal": "sinpe", "scale": 0.25, "index": "order", "base": "0123"}
-    (tmp_path / "temporal.json").write_text(json.dumps(saved))
-    (tmp_path / "adapter_config.json").write_text("{}")
-    options, adapter = recommend.outside_a_run(str(tmp_path), {"data": "synthetic", "model": "b"})
-    assert (options.temporal, options.sinpe_scale, options.model) == ("sinpe", 0.25, "b")
-    assert adapter == tmp_path
-
-
 @pytest.mark.parametrize("command, argument", [(explain, "3"), (recommend, CANYON)])
 def test_an_interrupt_while_looking_is_status_130_without_a_traceback(run_folder, capsys, command,
                                                                       argument, monkeypatch):
@@ -518,6 +461,43 @@ def test_an_interrupt_while_looking_is_status_130_without_a_traceback(run_folder
     monkeypatch.setattr(command, "ExactTitles", interrupted)
     assert command.main([str(run_folder), argument]) == 130
     assert capsys.readouterr().err == "interrupted; files already written are whole\n"
+
+
+# ----------------------------------------------------------------------------------------------
+# The benchmark's step without one of its ideas
+
+SMALL = replace(benchmark.shape("tiny", 300), hidden_size=32, intermediate_size=48,
+                num_hidden_layers=2, head_dim=8)
+
+
+@pytest.mark.parametrize("idea", [*benchmark.IDEAS, "all of them"])
+def test_a_step_without_an_idea_has_the_same_loss(idea, monkeypatch):
+    """The second loss depends on the first gradient, within what dropout of the factors does."""
+    step = benchmark.ours_tuning(SMALL, 6, "cpu", torch.float32, items=3)
+    losses = step(), step()
+    replaced = [(cetrec, "answer_logits"), (cetrec, "twin_forward"), (data, "common_prefix"),
+                (LoraLinear, "forward")]
+    before = [getattr(owner, name) for owner, name in replaced]
+    for (owner, name), function in zip(replaced, before):
+        monkeypatch.setattr(owner, name, function)              # and back at the end
+    step = benchmark.ours_tuning(SMALL, 6, "cpu", torch.float32, idea, items=3)
+    assert step() == pytest.approx(losses[0], rel=1e-6)
+    assert step() == pytest.approx(losses[1], rel=1e-4)
+    left_out = [name for (owner, name), function in zip(replaced, before)
+                if getattr(owner, name) is not function]
+    assert left_out == {"logits at answers only": ["answer_logits"],
+                        "last block at answers only": ["answer_logits"],
+                        "common prefix once": ["common_prefix"],
+                        "both worlds in one pass": ["twin_forward"],
+                        "LoRA added in place": ["forward"],
+                        "all of them": [name for _, name in replaced]}.get(idea, [])
+
+
+def test_lora_added_apart_is_lora_added_in_place():
+    linear = LoraLinear(torch.nn.Linear(6, 5, bias=False), LoraConfig(rank=2, dropout=0.0))
+    torch.nn.init.normal_(linear.B)
+    x = torch.randn(3, 4, 6)
+    torch.testing.assert_close(benchmark.lora_added_apart(linear, x), linear(x))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -824,7 +804,7 @@ def test_groups_are_a_partition_by_length_and_by_what_training_saw(runs):
 
 def made_up(run: Run) -> Run:
     """Four test sequences in a catalogue of ten items, with lists of three by two recommenders."""
-    rows = {"five texts": {}, "every title": {}}
+    rows = {"every title": {}, "five texts": {}}
     lists = {"five texts": [[1, 2, 3], [1, 2, 4], [5, 1, -1], [1, 2, 3]],
              "every title": [[1, 3, 2], [2, 1, 6], [5, 1, 7], [1, 2, 8]]}
     valid = [[True, True], [True, False], [False, False], [True, True]]
@@ -857,10 +837,10 @@ def test_the_table_of_what_is_recommended_by_hand(run_folder):
 def test_the_way_from_the_blind_to_the_aware_recommender_by_hand(run_folder):
     run = made_up(Run.from_folder(run_folder))
 
-    def rows(blind: float, here: float, aware: float) -> Run:
+    def rows(blind: float, texts: float, aware: float) -> Run:
         return replace(run, record=run.record | {"rows": {
             name: dict.fromkeys(METRICS, (value, 0.01))
-            for name, value in (("five texts", here), ("every title", blind),
+            for name, value in (("every title", blind), ("five texts", texts),
                                 ("best, order-aware", aware), ("best, order-blind", blind))}})
     lines = report.standing(rows(0.2, 0.25, 0.4)).splitlines()
     assert lines[1:] == ["  five texts: " + ", ".join(f"{metric} +25 %" for metric in METRICS),
@@ -962,7 +942,7 @@ def test_out_and_user_choose_folder_and_case(run_folder, test_set, tmp_path, cap
     monkeypatch.setattr(figures, "temporal_picture", lambda options, titles: seen.append(titles))
     monkeypatch.setattr(figures, "case_study", lambda runs, user: seen.append(user))
     assert report.main([str(run_folder), "--user", "7", "--out", str(tmp_path / "a" / "b")]) == 0
-    assert seen == [test_set.words(test_set.history(7)), 7]
+    assert seen == [test_set.titles_of(test_set.history(7)), 7]
     assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["report.html"]
     assert f"report {tmp_path}/a/b/report.html | 0 figures beside it\n" in capsys.readouterr().out
 
@@ -1087,7 +1067,7 @@ def test_titles_in_a_script_that_the_font_lacks_are_drawn_without_a_warning(run_
 
 @pytest.mark.parametrize("name, arguments, message", [
     ("explain", ["nowhere", "7"], "nowhere/run.json: not found; experiments.explain wants the"),
-    ("recommend", ["nowhere", CANYON], "nowhere/config.json: not found; wanted a run (run.json)"),
+    ("recommend", ["nowhere", CANYON], "nowhere/run.json: not found; experiments.recommend wants"),
     ("report", ["nowhere"], "nowhere/run.json: not found; wanted the folder of a run"),
     ("look", ["--data", "netflix"], "unknown data set 'netflix'")])
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -1112,7 +1092,7 @@ def with_scores(run: Run, name: str, start: float, **options) -> Run:
     """The run with metrics that are all different, of an order and between orders."""
     rows = {f"{kind}{ending}": {metric: (start + 0.3 * n + 0.1 * i + 0.02 * j, 0.001 * (1 + i + j))
                                 for j, metric in enumerate(METRICS)}
-            for n, kind in enumerate(run.kinds.values())
+            for n, kind in enumerate(row for row in run.record["rows"] if row in run.lists)
             for i, ending in enumerate(("", " | reversed", " | shuffled"))}
     return replace(run, name=name, record=run.record | {"options": run.options | options,
                                                         "rows": rows})

@@ -17,7 +17,8 @@ BELOW = {"llama": (), "lora": (), "data": (), "evaluate": ("llama", "lora", "dat
          "support": ("llama", "lora", "data", "evaluate", "support"),
          "cetrec": ("llama", "lora", "data", "evaluate", "support"),
          "experiments": (*FIVE, "support", "experiments")}
-ALL_LINES, FILE_LINES, FUNCTION_LINES, PROSE = 1_350, 330, 60, (0.4, 0.9)
+ALL_LINES, FILE_LINES, FUNCTION_LINES, PROSE = 1_100, 270, 60, (0.4, 0.9)
+SUPPORT_NAMES = 12      # that cetrec.py may import
 LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
@@ -33,11 +34,13 @@ def imported(tree) -> list[str]:
 
 
 def broken_rule(house: dict[str, str]):
-    """Who imports what he must not; house maps modules, such as support.runs, to their sources."""
+    """Who imports or names what stands above it. house: module, such as support.runs -> source"""
     bare = {}
     for module, text in house.items():
         tree, room = ast.parse(text), module.partition(".")[0]
         bare[module] = (set(imported(tree)) & house.keys()) - {module}
+        if room == "support" and "experiments" in text:
+            yield f"{module} names experiments/"
         if room not in BELOW:
             yield f"{module} stands beside the five files"
         for other in sorted(bare[module]):
@@ -56,7 +59,7 @@ def broken_rule(house: dict[str, str]):
 
 
 def lines_of(text: str) -> tuple[int, int]:
-    """How many lines hold code, and how many a comment or a docstring."""
+    """How many lines hold code, and how many nothing but a comment or a docstring."""
     code, prose, docstrings = set(), set(), set()
     for node in nodes(ast.parse(text), ast.Expr):
         if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -66,7 +69,7 @@ def lines_of(text: str) -> tuple[int, int]:
             prose.add(token.start[0])
         elif token.type not in LAYOUT:
             code.update(range(token.start[0], token.end[0] + 1))
-    return len(code - docstrings), len(prose | docstrings)
+    return len(code - docstrings), len((prose | docstrings) - (prose & code))
 
 
 def broken_budget(house: dict[str, str]):
@@ -77,11 +80,15 @@ def broken_budget(house: dict[str, str]):
         for function in nodes(tree, ast.FunctionDef, ast.AsyncFunctionDef):
             if function.end_lineno - function.lineno >= FUNCTION_LINES:
                 yield f"{module}: {function.name} is too long"
-        for made in nodes(tree, ast.ClassDef):
-            if any(ast.unparse(base).endswith("Function") for base in made.bases):
-                yield f"{module}: {made.name} is an autograd function written by hand"
+        for kind in nodes(tree, ast.ClassDef):
+            if any(ast.unparse(base).endswith("Function") for base in kind.bases):
+                yield f"{module}: {kind.name} is an autograd function written by hand"
         if sizes[module][0] > FILE_LINES:
             yield f"{module} is too long"
+        from_support = [alias.name for node in nodes(tree, ast.ImportFrom)
+                        if (node.module or "").startswith("support") for alias in node.names]
+        if len(from_support) > SUPPORT_NAMES:
+            yield f"{module} imports {len(from_support)} names from support/"
     code, prose = (sum(column) for column in zip(*sizes.values()))
     if code > ALL_LINES:
         yield "the five files are too long"
@@ -97,7 +104,7 @@ def test_the_rule_and_the_budget_of_the_house_hold():
     assert not [*broken_rule(house), *broken_budget(house)]
 
 
-@pytest.mark.parametrize("house, wanted", [
+@pytest.mark.parametrize("house, expected", [
     ({"llama": "", "data": "from llama import KVCache"}, "data imports llama"),
     ({"support.a": "import cetrec", "cetrec": ""}, "support.a imports cetrec"),
     ({"cetrec": "if 1:\n    from experiments import b", "experiments.b": ""},
@@ -108,9 +115,10 @@ def test_the_rule_and_the_budget_of_the_house_hold():
     ({"support.a": "def f():\n    from support.b import c", "support.b": ""},
      "support.a: f hides an import of support.b"),
     ({"support.a": "from . import b"}, "support.a imports by dots, where nobody sees what"),
+    ({"support.a": "# experiments/look.py calls this"}, "support.a names experiments/"),
     ({"utils": ""}, "utils stands beside the five files")])
-def test_each_break_of_the_rule_is_found(house, wanted):
-    assert [*broken_rule(house)] == [wanted]
+def test_each_break_of_the_rule_is_found(house, expected):
+    assert [*broken_rule(house)] == [expected]
     assert not [*broken_rule({"lora": "import numpy", "support.a": "import lora", "cetrec": "",
                               "support.b": "from support.a import f",
                               "experiments.c": "def f():\n    import torch\nimport cetrec"})]
@@ -119,17 +127,21 @@ def test_each_break_of_the_rule_is_found(house, wanted):
 CODE = "# why\n\nx = 1\ny = 2\n"            # two lines of code, and half as many of prose
 
 
-@pytest.mark.parametrize("house, wanted", [
+@pytest.mark.parametrize("house, expected", [
     ({"lora": CODE * 9 + "def f():\n" + "\n" * 59 + "    x = 1"}, "lora: f is too long"),
     ({"lora": CODE * 9 + "class Fast(torch.autograd.Function):\n    x = 1"},
      "lora: Fast is an autograd function written by hand"),
-    ({"lora": CODE * 165 + "z = 3"}, "lora is too long"),
-    (dict.fromkeys(FIVE, CODE * 135) | {"lora": CODE * 135 + "z = 3"},
+    ({"lora": CODE * 135 + "z = 3"}, "lora is too long"),
+    (dict.fromkeys(FIVE, CODE * 110) | {"lora": CODE * 110 + "z = 3"},
      "the five files are too long"),
+    ({"cetrec": CODE * 9 + "from support.a import b, c, d, e, f, g, h\n" * 2},
+     "cetrec imports 14 names from support/"),
     ({"lora": CODE + "z = [\n    3]"}, "0.25 lines of prose to a line of code"),
-    ({"lora": '"""a\n\nb"""\nx = """\n"""  # c'}, "2.00 lines of prose to a line of code")])
-def test_each_break_of_the_budget_is_found(house, wanted):
-    assert [*broken_budget(house)] == [wanted]
-    assert not [*broken_budget(dict.fromkeys(FIVE, CODE * 135))]
-    assert not [*broken_budget({"lora": CODE * 9 + "def f():\n" + "\n" * 58 + "    x = 1",
+    ({"lora": '"""a\n\nb"""\nx = """\n"""  # c'}, "1.50 lines of prose to a line of code")])
+def test_each_break_of_the_budget_is_found(house, expected):
+    assert [*broken_budget(house)] == [expected]
+    assert not [*broken_budget(dict.fromkeys(FIVE, CODE * 110))]
+    assert not [*broken_budget({"cetrec": CODE * 9 + "from support import a, b, c, d\n" * 3,
+                                "data": CODE * 135,
+                                "lora": CODE * 9 + "def f():\n" + "\n" * 58 + "    x = 1",
                                 "support.a": "x = 1\n" * 999})]

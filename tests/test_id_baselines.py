@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import small_runs
 
 from data import make_sequences, split_by_time
 from experiments import id_baselines
 from experiments.id_baselines import (MODELS, Caser, GRU4Rec, ItemScores, Recipe, SASRec,
-                                      draw_negatives, fit, id_loss, padded)
+                                      best_items, draw_negatives, fit, id_loss, padded)
 from experiments.report import Run, compare, describe
 from support.options import defaults
 from support.synthetic import SyntheticWorld
@@ -20,7 +21,7 @@ N = 10
 EVERY = pytest.mark.parametrize("name", MODELS)
 
 
-def a_model(name: str, items: int = N, width: int = 8) -> torch.nn.Module:
+def large_model(name: str, items: int = N, width: int = 8) -> torch.nn.Module:
     """A model whose weights are so large that differences show."""
     model = MODELS[name](items, width)
     for p in model.parameters():
@@ -35,15 +36,15 @@ def recipe(**changes) -> Recipe:
 # ------------------------------------------------------------ The three models
 
 
-@pytest.mark.parametrize("kind, places, wanted", [(GRU4Rec, 10, 214), (Caser, 5, 1204),
-                                                  (SASRec, 5, 246)])
-def test_parameters_are_as_many_as_in_the_lineages_code(kind, places, wanted):
-    assert sum(p.numel() for p in kind(10, 4, places).parameters()) == wanted
+@pytest.mark.parametrize("kind, length, count", [(GRU4Rec, 10, 214), (Caser, 5, 1204),
+                                                 (SASRec, 5, 246)])
+def test_parameters_are_as_many_as_in_the_lineages_code(kind, length, count):
+    assert sum(p.numel() for p in kind(10, 4, length).parameters()) == count
 
 
 @EVERY
 def test_what_stands_behind_a_history_changes_nothing_and_rows_are_apart(name):
-    model = a_model(name)
+    model = large_model(name)
     items, lengths = padded([[1, 2, 3], [4, 5, 6, 7, 8], [9]], N)
     scores = model.scores(items, lengths)
     assert scores.shape == (3, N)
@@ -57,15 +58,15 @@ def test_what_stands_behind_a_history_changes_nothing_and_rows_are_apart(name):
 
 @EVERY
 def test_order_counts_and_the_two_tables_are_not_tied(name):
-    model = a_model(name)
-    given = padded([[1, 2, 3, 4]], N)
-    scores = model.scores(*given)
+    model = large_model(name)
+    inputs = padded([[1, 2, 3, 4]], N)
+    scores = model.scores(*inputs)
     for turned in ([4, 3, 2, 1], [2, 1, 3, 4]):
         assert not torch.allclose(model.scores(*padded([turned], N)), scores, atol=1e-3)
     model.embedding.weight.data[8] += 1.0                # an item that is not in the history
-    assert torch.equal(model.scores(*given), scores)
+    assert torch.equal(model.scores(*inputs), scores)
     model.embedding.weight.data[2] += 1.0
-    assert not torch.allclose(model.scores(*given), scores, atol=1e-3)
+    assert not torch.allclose(model.scores(*inputs), scores, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["gru4rec", "sasrec"])
@@ -76,16 +77,16 @@ def test_tied_tables_score_an_item_by_its_own_embedding(name):
     for p in model.parameters():
         p.data += 0.3 * torch.randn_like(p)
     model.eval()
-    given = padded([[1, 2, 3, 4]], N)
-    state, bias, E = (x.detach().numpy() for x in (model(*given)[0], model.head.bias,
+    inputs = padded([[1, 2, 3, 4]], N)
+    state, bias, E = (x.detach().numpy() for x in (model(*inputs)[0], model.head.bias,
                                                    model.embedding.weight))
-    scores = model.scores(*given)
+    scores = model.scores(*inputs)
     np.testing.assert_allclose(scores[0].detach().numpy(), E[:N] @ state + bias, atol=1e-5)
     model.embedding.weight.data[8] += 1.0               # an item that is not in the history
-    assert (model.scores(*given) != scores)[0].nonzero().flatten().tolist() == [8]
+    assert (model.scores(*inputs) != scores)[0].nonzero().flatten().tolist() == [8]
     for kind in ("bce", "bpr", "ce"):                   # absent items learn from answers
         model.zero_grad()
-        id_loss(kind, model, model(*given), torch.tensor([7])).backward()
+        id_loss(kind, model, model(*inputs), torch.tensor([7])).backward()
         assert model.embedding.weight.grad[7].abs().sum() > 0
 
 
@@ -97,19 +98,19 @@ def test_tied_tables_do_not_fit_caser_and_the_command_says_so(capsys):
 
 
 @EVERY
-def test_dropout_works_in_training_only_and_where_it_is_wanted(name):
+def test_dropout_works_in_training_only_and_at_the_rate_of_its_model(name):
     assert defaults(Recipe, name)["dropout"] == (0.0 if name == "gru4rec" else 0.1)
-    given = padded([[1, 2, 3, 4]], N)
+    inputs = padded([[1, 2, 3, 4]], N)
     for rate in (0.0, 0.5):
         model = recipe(method=name, width=8, dropout=rate).model(N)
         model.embedding.weight.data += torch.randn(N + 1, 8)
-        assert torch.equal(model(*given), model(*given)) == (rate == 0)
+        assert torch.equal(model(*inputs), model(*inputs)) == (rate == 0)
         model.eval()
-        assert torch.equal(model(*given), model(*given))
+        assert torch.equal(model(*inputs), model(*inputs))
 
 
 def test_gru4rec_is_its_equations_from_item_to_item():
-    model = a_model("gru4rec")
+    model = large_model("gru4rec")
     W, U, b, c = (getattr(model.gru, name).detach().numpy().astype(float) for name in (
         "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"))
     h = np.zeros(8)
@@ -124,14 +125,14 @@ def test_gru4rec_is_its_equations_from_item_to_item():
 
 def test_casers_filters_by_hand():
     """d = 1 and items that are 1 and 2: two neighbours that sum to 3, and a difference of -1."""
-    model = Caser(3, 1, places=4).eval()
+    model = Caser(3, 1, length=4).eval()
     model.embedding.weight.data = torch.tensor([[1.0], [2.0], [5.0], [9.0]])
     for conv in (*model.horizontal, model.vertical):
         conv.weight.data.fill_(1.0)
         conv.bias.data.zero_()
     model.vertical.weight.data[:] = torch.tensor([1.0, -1, 0, 0]).view(1, 1, 4, 1)
-    given = torch.tensor([[0, 1, 3, 3], [1, 0, 2, 3]]), torch.tensor([2, 3])
-    state = model(*given)
+    inputs = torch.tensor([[0, 1, 3, 3], [1, 0, 2, 3]]), torch.tensor([2, 3])
+    state = model(*inputs)
     assert state[0].tolist() == [3.0] * 16 + [3.0] * 16 + [3.0] * 16 + [0.0]
     assert state[1].tolist() == [6.0] * 16 + [8.0] * 16 + [8.0] * 16 + [1.0]    # 1 + 5 in two rows
     model.horizontal[1].bias.data.fill_(0.5)            # it answers on rows of pads, too
@@ -140,8 +141,8 @@ def test_casers_filters_by_hand():
 
 
 def test_sasrecs_block_by_hand():
-    model, history = a_model("sasrec"), [3, 0, 7]
-    e, p = (x.weight.detach().numpy().astype(float) for x in (model.embedding, model.places))
+    model, history = large_model("sasrec"), [3, 0, 7]
+    e, p = (x.weight.detach().numpy().astype(float) for x in (model.embedding, model.positions))
 
     def linear(which, x):
         return x @ which.weight.detach().numpy().astype(float).T + which.bias.detach().numpy()
@@ -186,11 +187,11 @@ def test_losses_by_hand(monkeypatch):
     bpr = -(log_sigmoid(1 - 0.5) + log_sigmoid(-2 - 3)) / 2
     whole = sum(math.exp(s) for s in (1, 0.5, -2, 3))
     ce = math.log(whole) - (1 - 2) / 2
-    for kind, wanted in (("bce", bce), ("bpr", bpr), ("ce", ce)):
-        assert id_loss(kind, model, state, targets).item() == pytest.approx(wanted, abs=1e-6)
+    for kind, loss in (("bce", bce), ("bpr", bpr), ("ce", ce)):
+        assert id_loss(kind, model, state, targets).item() == pytest.approx(loss, abs=1e-6)
     model.head.weight.data.zero_()
-    for kind, wanted in (("bce", math.log(2)), ("bpr", math.log(2)), ("ce", math.log(4))):
-        assert id_loss(kind, model, state, targets).item() == pytest.approx(wanted, abs=1e-6)
+    for kind, loss in (("bce", math.log(2)), ("bpr", math.log(2)), ("ce", math.log(4))):
+        assert id_loss(kind, model, state, targets).item() == pytest.approx(loss, abs=1e-6)
 
 
 def test_a_negative_is_any_item_but_the_answer_all_alike_likely():
@@ -216,6 +217,8 @@ def test_lists_are_the_ten_best_ties_by_item_without_the_history():
     assert ItemScores(Fixed(), exclude_history=False)([[7, 2]]).items[0, :3].tolist() == [7, 1, 2]
     long = ItemScores(Fixed())([[0, 1, 2, 3, 4]]).items[0].tolist()
     assert long == [7, 5, 6, 8, 9, 10, 11, -1, -1, -1]
+    few = best_items(np.array([[0.0, 1.0, 2.0]]), [[1]], exclude_history=True)
+    assert few.tolist() == [[2, 0, *[-1] * 8]]
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +234,8 @@ def test_64_records_are_learned_by_heart(name, splits):
     model = MODELS[name](40, 32)
     fit(model, records, records, recipe(loss="ce", lr=0.005, batch_size=16, epochs=60,
                                         patience=60), 0, log=lambda line: None)
-    made = ItemScores(model)([records.history(i) for i in range(64)])
-    assert made.items[:, 0].tolist() == records.items[records.targets].tolist()
+    lists = ItemScores(model)([records.history(i) for i in range(64)])
+    assert lists.items[:, 0].tolist() == records.items[records.targets].tolist()
 
 
 def test_training_keeps_the_best_epoch_stops_and_depends_on_the_seed_only(splits):
@@ -288,9 +291,8 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(splits):
 @pytest.fixture(scope="module")
 def run_folders(tmp_path_factory):
     """Runs of two methods in one small world."""
-    root, draw = tmp_path_factory.mktemp("id"), SyntheticWorld.interactions
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SyntheticWorld, "interactions", lambda self, seed: draw(self, 120, seed))
+    root = tmp_path_factory.mktemp("id")
+    with small_runs():
         for flags in (["--method", "sasrec"], ["--method", "caser", "--loss", "ce"]):
             assert id_baselines.main([*flags, "--epochs", "2", "--eval-sequences", "30", "--width",
                                       "8", "--out", str(root)]) == 0
@@ -332,8 +334,8 @@ def test_values_that_cannot_be_end_in_one_line(flags, message, capsys, tmp_path)
 
 
 def test_cross_entropy_of_the_whole_catalogue_is_pytorchs(splits):
-    model = a_model("gru4rec", 40)
-    given = padded([splits[0].history(i) for i in range(6)], 40)
+    model = large_model("gru4rec", 40)
+    inputs = padded([splits[0].history(i) for i in range(6)], 40)
     targets = torch.from_numpy(splits[0].items[splits[0].targets[:6]])
-    torch.testing.assert_close(id_loss("ce", model, model(*given), targets),
-                               F.nll_loss(model.scores(*given).log_softmax(-1), targets))
+    torch.testing.assert_close(id_loss("ce", model, model(*inputs), targets),
+                               F.nll_loss(model.scores(*inputs).log_softmax(-1), targets))

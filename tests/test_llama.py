@@ -1,107 +1,100 @@
-"""llama.py: attention, rotary positions, the norm, the MLP, the cache, recomputation."""
+"""llama.py: attention, positions, masks, the norm, the MLP, passes behind earlier tokens."""
 
 import json
 import math
 import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import small_config
-from torch.utils.checkpoint import checkpoint
 
-import llama as llama_module
-from llama import MLP, KVCache, RMSNorm, attend, inverse_frequencies, load_llama, rotate
+from llama import (MLP, Attention, RMSNorm, causal_mask, inverse_frequencies, load_llama, rotate,
+                   token_positions)
 from lora import ALL_LINEAR, add_lora
+from support.runs import wrap_blocks
 
 TOKENS = torch.tensor([[5, 9, 2, 44, 17, 3, 60, 8]])
 
 
-def close(got, wanted) -> None:
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+def close(actual, expected, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def hidden(llama, tokens, *settings, **named):
+    """The hidden states of a pass."""
+    return llama(llama.embed(tokens), *settings, **named)[0]
 
 
 # ----------------------------------------------------------------------------------------------
 # Attention
 
 
-def softmax_written_out(q, k, v, mask):
-    """Attention as Eq. 5 and the textbooks state it, one head and one query after the other."""
-    B, H, T, D = q.shape
+def attention_written_out(attention, x, angles, mask, past, last):
+    """Eq. 5 and the textbooks: one row, one head and one query after the other.
+
+    angles (B, T, D/2). Neighbouring query heads share a key head.
+    """
+    B, T, D = len(x), x.shape[1], attention.head_dim
+    q, k, v = (projection(x).view(B, T, -1, D) for projection in (
+        attention.q_proj, attention.k_proj, attention.v_proj))
+    shared = q.shape[2] // k.shape[2]
     rows = []
     for b in range(B):
-        for h in range(H):
-            g = h // (H // k.shape[1])          # H/G neighbouring query heads share one key head
-            for t in range(T):
-                seen = mask[b % len(mask), 0, t] if mask is not None else (
-                    torch.arange(k.shape[2]) <= t)
-                weights = torch.exp(k[b, g, seen] @ q[b, h, t] / math.sqrt(D))
-                rows.append(weights @ v[b, g, seen] / weights.sum())
-    return torch.stack(rows).view(B, H, T, D)
+        for t in range(T - last, T) if last else range(T):
+            heads = []
+            for h in range(q.shape[2]):
+                g = h // shared
+                earlier = [] if past is None else [past[0][b % len(past[0]), g]]
+                keys = torch.cat([*earlier, rotate(k[b, :, g], angles[b].cos(), angles[b].sin())])
+                earlier = [] if past is None else [past[1][b % len(past[1]), g]]
+                values = torch.cat([*earlier, v[b, :, g]])
+                query = rotate(q[b, t, h], angles[b, t].cos(), angles[b, t].sin())
+                weights = torch.exp(keys @ query / math.sqrt(D)) * mask[b % len(mask), 0, t]
+                heads.append(weights @ values / weights.sum())
+            rows.append(attention.o_proj(torch.cat(heads)))
+    return torch.stack(rows).view(B, -1, x.shape[-1])
 
 
-@pytest.mark.parametrize("kind", ["causal", "behind a prefix", "one mask for all rows"])
+@pytest.mark.parametrize("last", [0, 2])
+@pytest.mark.parametrize("past_rows, mask_rows", [(0, 2), (2, 2), (1, 2), (2, 1)])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_attention_equals_the_softmax_written_out_with_gradients(groups, kind):
-    """Shared key heads, a mask that differs by row, and three tokens of a prefix."""
-    before = 0 if kind == "causal" else 3
-    inputs = [torch.randn(2, heads, tokens, 8, requires_grad=True) for heads, tokens in (
-        (4, 5), (groups, 5 + before), (groups, 5 + before))]
-    mask = None
-    if kind != "causal":
-        mask = torch.rand(2 if kind == "behind a prefix" else 1, 1, 5, 5 + before) < 0.5
-        mask[..., before:] |= torch.eye(5, dtype=torch.bool)
-    grad = torch.randn(2, 4, 5, 8)
-    fused, explicit = ((y := function(*inputs, mask), *torch.autograd.grad(y, inputs, grad))
-                       for function in (attend, softmax_written_out))
-    for one, other in zip(fused, explicit):
+def test_attention_equals_the_softmax_written_out_with_gradients(groups, past_rows, mask_rows,
+                                                                 last):
+    """Shared key heads, any mask, positions that differ by row, three earlier tokens or none."""
+    attention = Attention(small_config(num_key_value_heads=groups))
+    x, angles = torch.randn(2, 5, 24, requires_grad=True), torch.randn(2, 5, 4)
+    past = tuple(torch.randn(past_rows, groups, 3, 8, requires_grad=True)
+                 for _ in range(2)) if past_rows else None
+    mask = torch.rand(mask_rows, 1, 5, 8 if past else 5) < 0.5
+    mask[..., -5:] |= torch.eye(5, dtype=torch.bool)
+    inputs, grad = [x, *(past or ()), *attention.parameters()], torch.randn(2, last or 5, 24)
+    fused, present = attention(x, angles[:, None].cos(), angles[:, None].sin(), mask, past, last)
+    explicit = attention_written_out(attention, x, angles, mask, past, last)
+    close(fused, explicit)
+    for one, other in zip(torch.autograd.grad(fused, inputs, grad),
+                          torch.autograd.grad(explicit, inputs, grad)):
         close(one, other)
+    assert [tuple(kept.shape) for kept in present] == [(2, groups, mask.shape[-1], 8)] * 2
 
 
 def test_attention_by_hand():
-    """Two tokens of width 1: the second looks at both with weights softmax(q k)."""
-    q = torch.tensor([1.0, 2.0]).view(1, 1, 2, 1)
-    k, v = torch.tensor([0.5, 1.0]).view(1, 1, 2, 1), torch.tensor([10.0, 20.0]).view(1, 1, 2, 1)
-    w = math.exp(2 * 1.0) / (math.exp(2 * 0.5) + math.exp(2 * 1.0))
-    wanted = torch.tensor([10.0, 10 * (1 - w) + 20 * w])
-    torch.testing.assert_close(attend(q, k, v, None).flatten(), wanted)
-    torch.testing.assert_close(softmax_written_out(q, k, v, None).flatten(), wanted)
+    """Two tokens 1 and 2, whose queries are they themselves, keys half of them, values ten times.
 
-
-def test_the_whole_model_is_the_same_with_the_softmax_written_out(llama, monkeypatch):
-    """Before and after a prefix, with places wanted: the shapes that the blocks hand over fit."""
-    def outcome():
-        cache = KVCache()
-        return [llama(TOKENS, cache=cache), llama(TOKENS[:, :3], cache=cache),
-                llama(TOKENS, wanted=torch.tensor([[6, 1]]))]
-    fused = outcome()
-    monkeypatch.setattr(llama_module, "attend", softmax_written_out)
-    for one, other in zip(fused, outcome()):
-        close(one, other)
-
-
-@pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("positions", [None, torch.arange(18).view(3, 6).sqrt().cumsum(dim=1)])
-def test_the_last_block_works_for_wanted_places_only_with_the_same_outcome(llama, cached,
-                                                                           positions):
-    """(B, A) places, another set in each row; gradients included, before and after a prefix."""
-    add_lora(llama, targets=ALL_LINEAR)
-    tokens, wanted = torch.randint(61, (3, 6)), torch.tensor([[5, 0], [2, 3], [4, 4]])
-    grad, results, ran = torch.randn(3, 2, 24), [], []
-    llama.layers[-1].mlp.register_forward_pre_hook(lambda module, args: ran.append(args[0].shape))
-    for places in (wanted, None):
-        cache = KVCache() if cached else None
-        if cached:
-            llama(torch.tensor([[7, 8]]), cache=cache)
-        y = llama(tokens, positions=positions, cache=cache, wanted=places)
-        y = y if places is not None else y[torch.arange(3)[:, None], wanted]
-        y.backward(grad)
-        results.append([y.detach(), *(p.grad for p in llama.parameters() if p.requires_grad)])
-        llama.zero_grad()
-    for one, other in zip(*results):
-        close(one, other)
-    assert (3, 2, 24) in ran and (3, 6, 24) in ran
+    The second looks at both with weights softmax(q k / √2).
+    """
+    attention = Attention(small_config(hidden_size=1, num_attention_heads=1, num_key_value_heads=1,
+                                       head_dim=2))
+    for name, value in (("q_proj", 1.0), ("k_proj", 0.5), ("v_proj", 10.0)):
+        getattr(attention, name).weight.data = torch.tensor([[value], [0.0]])
+    attention.o_proj.weight.data = torch.tensor([[1.0, 0.0]])
+    x, cos, sin = torch.tensor([[[1.0], [2.0]]]), torch.ones(1, 1, 2, 1), torch.zeros(1, 1, 2, 1)
+    y, _ = attention(x, cos, sin, torch.ones(2, 2).tril().bool()[None, None], None, 0)
+    first, second = math.exp(2 * 0.5 / math.sqrt(2)), math.exp(2 * 1.0 / math.sqrt(2))
+    torch.testing.assert_close(y.flatten(), torch.tensor(
+        [10.0, (10 * first + 20 * second) / (first + second)]))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -127,16 +120,15 @@ def test_eq5_scores_depend_on_position_differences_only():
     def score(m, n):
         return rotate(q, (m * inv_freq).cos(), (m * inv_freq).sin()) @ rotate(
             k, (n * inv_freq).cos(), (n * inv_freq).sin())
-    torch.testing.assert_close(score(7, 3), score(104, 100), rtol=1e-4, atol=1e-4)
+    close(score(7, 3), score(104, 100), 1e-4)
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
 
 
 def test_shifting_all_positions_changes_nothing_and_stretching_does(llama):
-    here, T = llama(TOKENS), TOKENS.shape[1]
-    torch.testing.assert_close(llama(TOKENS, positions=torch.arange(T) + 37), here, rtol=1e-4,
-                               atol=1e-4)
-    torch.testing.assert_close(llama(TOKENS, positions=torch.arange(T).float()[None]), here)
-    assert (llama(TOKENS, positions=torch.arange(T) * 1.5) - here).abs().max() > 1e-2
+    default, T = hidden(llama, TOKENS), TOKENS.shape[1]
+    close(hidden(llama, TOKENS, torch.arange(T) + 37), default, 1e-4)
+    close(hidden(llama, TOKENS, torch.arange(T).float()[None]), default)
+    assert (hidden(llama, TOKENS, torch.arange(T) * 1.5) - default).abs().max() > 1e-2
 
 
 def test_llama3_scaling_keeps_fast_pairs_slows_slow_ones_and_blends_between():
@@ -184,186 +176,151 @@ def test_swiglu_by_hand():
         [5 * (2 * x / (1 + math.exp(-2 * x))) * 3 * x]))
 
 
-def test_embeddings_can_stand_in_for_tokens(llama):
-    torch.testing.assert_close(llama(None, embeddings=llama.embed(TOKENS)), llama(TOKENS))
-    assert (llama(None, embeddings=2 * llama.embed(TOKENS) + 1) - llama(TOKENS)).abs().max() > 1e-2
-
-
 def test_logits_are_float32_and_unrounded_in_a_bfloat16_model(llama):
     llama.bfloat16()
-    hidden = llama(TOKENS)
-    assert hidden.dtype == torch.bfloat16
-    logits, exact = llama.logits(hidden), hidden.double() @ llama.lm_head.weight.double().T
+    state = hidden(llama, TOKENS)
+    assert state.dtype == torch.bfloat16
+    logits, exact = llama.logits(state), state.double() @ llama.lm_head.weight.double().T
     assert logits.dtype == torch.float32
     close(logits.double(), exact)
 
 
 # ----------------------------------------------------------------------------------------------
-# The cache
+# Rows that end together
 
 
-def test_right_padding_is_never_seen(llama):
-    padded = torch.cat((TOKENS, torch.randint(61, (1, 5))), dim=1)
-    close(llama(padded)[:, :TOKENS.shape[1]], llama(TOKENS))
+def test_positions_and_masks_of_right_aligned_rows_by_hand():
+    """Two earlier tokens, then four columns; two of them are pads in the second row.
 
-
-def test_cached_steps_equal_one_pass(llama):
-    cache, pieces = KVCache(), []
-    for piece in TOKENS.split([3, 1, 2, 2], dim=1):
-        pieces.append(llama(piece, cache=cache))
-    assert cache.length == TOKENS.shape[1]
-    close(torch.cat(pieces, dim=1), llama(TOKENS))
-
-
-@torch.no_grad()
-def test_without_gradients_a_cache_grows_in_place_and_equals_one_pass(llama):
-    """One prompt, then three rows of one token at a time: 130 steps, and two copies or three."""
-    rows, cache, copies = torch.randint(61, (3, 130)), KVCache(), 0
-    whole = llama(torch.cat((TOKENS.expand(3, -1), rows), dim=1))
-    pieces, place = [llama(TOKENS, cache=cache).expand(3, -1, -1)], None
-    for token in rows.split(1, dim=1):
-        pieces.append(llama(token, cache=cache))
-        copies += cache.layers[0][0].data_ptr() != place
-        place = cache.layers[0][0].data_ptr()
-    close(torch.cat(pieces, dim=1), whole)
-    assert cache.length == 138 and 2 <= copies <= 3
-
-
-@torch.no_grad()
-def test_without_gradients_a_prompt_run_in_pieces_serves_more_rows(llama):
-    """The room that the second piece has made is one row wide; then there are three rows."""
-    rows, cache = torch.randint(61, (3, 2)), KVCache()
-    for piece in TOKENS.split([5, 3], dim=1):
-        llama(piece, cache=cache)
-    close(llama(rows, cache=cache), llama(torch.cat((TOKENS.expand(3, -1), rows), dim=1))[:, -2:])
-
-
-def test_the_room_in_a_cache_is_not_written_while_gradients_are_on(llama):
-    """A prompt that ran in pieces without gradients leaves room, one that ran at once does not."""
-    weight, ends, gradients = llama.layers[1].self_attn.k_proj.weight, TOKENS.view(4, 1, 2), []
-    for pieces in ([8], [5, 3]):
-        cache = KVCache()
-        with torch.no_grad():
-            for piece in TOKENS.split(pieces, dim=1):
-                llama(piece, cache=cache)
-        loss = sum(llama(end, cache=cache).pow(3).sum() for end in ends)
-        gradients.append(torch.autograd.grad(loss, weight)[0])
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
-
-
-def test_a_prefix_run_once_serves_all_rows_with_the_same_gradients(llama):
-    rows = torch.tensor([[7, 8, 9], [1, 2, 3]])
-    trained = list(llama.parameters())[:-1]                 # all but lm_head
-    whole = llama(torch.cat((TOKENS.expand(2, -1), rows), dim=1))[:, -3:]
-    expected = torch.autograd.grad(whole.square().sum(), trained)
-    cache = KVCache()
-    llama(TOKENS, cache=cache)
-    shared = llama(rows, cache=cache)
-    close(shared, whole)
-    for ours, theirs in zip(torch.autograd.grad(shared.square().sum(), trained), expected):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-def test_a_read_only_cache_is_looked_at_and_left_alone(llama, gradients):
-    """Continuations of one prompt by two rows, three, and one, as if the others had never been."""
-    cache, ends = KVCache(), torch.randint(61, (6, 3)).split([2, 3, 1])
-    with torch.set_grad_enabled(gradients):
-        llama(TOKENS, cache=cache)
-        cache.read_only = True
-        before = [(k.clone(), v.clone()) for k, v in cache.layers]
-        for end in ends:
-            close(llama(end, cache=cache),
-                  llama(torch.cat((TOKENS.expand(len(end), -1), end), dim=1))[:, -3:])
-            assert cache.length == TOKENS.shape[1]
-    for pair, old in zip(cache.layers, before, strict=True):
-        for x, was in zip(pair, old):
-            assert torch.equal(x[:, :, :cache.length], was)
-
-
-def test_selected_rows_are_kept_repeated_and_in_that_order(llama):
-    prompts, more, cache = torch.randint(61, (3, 5)), torch.tensor([[7, 8]]), KVCache()
-    llama(prompts, cache=cache)
-    chosen = torch.tensor([2, 0, 2])
-    cache.select(chosen)
-    close(llama(more.expand(3, -1), cache=cache),
-          llama(torch.cat((prompts[chosen], more.expand(3, -1)), dim=1))[:, -2:])
-
-
-PROMPTS = [TOKENS[:, :3], TOKENS[:, :7]]
-
-
-def padded_prompts(llama) -> KVCache:
-    """A cache of two prompts of unequal length; what fills the shorter one up is hidden."""
-    cache, tokens = KVCache(), torch.full((2, 7), 60)
-    for row, prompt in enumerate(PROMPTS):
-        tokens[row, :prompt.shape[1]] = prompt
-    llama(tokens, cache=cache)
-    cache.hidden = torch.arange(cache.length) >= torch.tensor([[3], [7]])
-    return cache
-
-
-def test_hidden_slots_by_hand(llama):
-    """Row 0 has three tokens and four slots of padding: it goes on at position 3."""
-    cache = padded_prompts(llama)
-    assert cache.positions(2, "cpu").tolist() == [[3, 4], [7, 8]]
-    wanted = [[[1, 1, 1, 0, 0, 0, 0, 1, 0], [1, 1, 1, 0, 0, 0, 0, 1, 1]],
-              [[1, 1, 1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1]]]
-    assert cache.mask(2, "cpu")[:, 0].int().tolist() == wanted
-    assert KVCache().mask(2, "cpu") is None and KVCache().positions(2, "cpu").tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-def test_prompts_of_unequal_length_continue_as_each_would_alone(llama, gradients):
-    more = torch.tensor([[11, 12]])
-    with torch.set_grad_enabled(gradients):
-        cache = padded_prompts(llama)
-        cache.select(torch.tensor([1, 0, 0]))
-        both = torch.cat([llama(token.expand(3, 1), cache=cache) for token in more.split(1, dim=1)],
-                         dim=1)
-        for row, prompt in enumerate((PROMPTS[1], PROMPTS[0], PROMPTS[0])):
-            close(both[row], llama(torch.cat((prompt, more), dim=1))[0, -2:])
-
-
-def test_a_tree_by_hand():
-    """The example of KVCache: five slots of a prompt, nodes 0 and 1, then 2 and 3 below 0."""
-    cache = KVCache()
-    cache.length, cache.tree = 5, torch.tensor([[[1, 0], [0, 1]]]).bool()
-    assert cache.positions(2, "cpu").tolist() == [[5, 5]]
-    assert cache.mask(2, "cpu").int().tolist() == [[[[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 1]]]]
-    cache.length, cache.tree = 7, torch.tensor([[[1, 0, 1, 0], [1, 0, 0, 1]]]).bool()
-    assert cache.positions(2, "cpu").tolist() == [[6, 6]]
-    assert cache.mask(2, "cpu").int().tolist() == [[[[1, 1, 1, 1, 1, 1, 0, 1, 0],
-                                                     [1, 1, 1, 1, 1, 1, 0, 0, 1]]]]
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-def test_each_branch_of_a_tree_is_as_if_it_ran_alone(llama, gradients):
-    """Two rows with prompts of unequal length, and another tree behind each.
-
-    Nodes 0 and 1 grow behind the prompt, then 2 and 3: both below 0 in row 0; below 1 and below 0
-    in row 1.
+    Its first token follows the earlier ones. A pad looks at the earlier tokens and at itself.
     """
-    nodes = torch.tensor([[20, 21, 22, 23], [30, 31, 32, 33]])
-    branches = [[(0,), (1,), (0, 2), (0, 3)], [(0,), (1,), (1, 2), (0, 3)]]
-    own = torch.zeros(2, 4, 4, dtype=torch.bool)
-    for row, paths in enumerate(branches):
-        for node, path in enumerate(paths):
-            own[row, node, list(path)] = True
-    with torch.set_grad_enabled(gradients):
-        cache, ran = padded_prompts(llama), []
-        for step in (slice(0, 2), slice(2, 4)):
-            cache.tree = own[:, step, :step.stop]
-            ran.append(llama(nodes[:, step], cache=cache))
-        ran = torch.cat(ran, dim=1)
-        for row, paths in enumerate(branches):
-            for node, path in enumerate(paths):
-                alone = torch.cat((PROMPTS[row], nodes[row, list(path)][None]), dim=1)
-                close(ran[row, node], llama(alone)[0, -1])
+    padding = torch.tensor([0, 2])
+    assert token_positions(padding, 4, 2)[0].tolist() == [2, 3, 4, 5]
+    assert token_positions(padding, 4, 2)[1, 2:].tolist() == [2, 3]
+    mask = causal_mask(padding, 4, 2)
+    assert mask.dtype == torch.bool and mask[:, 0].int().tolist() == [
+        [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]],
+        [[1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]]
+    assert causal_mask(torch.tensor([1]), 2)[0, 0].int().tolist() == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("behind_a_prefix", [False, True])
+def test_a_padded_row_equals_the_row_alone_with_the_same_gradients(llama, behind_a_prefix):
+    """Rows of three, seven and five tokens; what fills them up does not matter."""
+    rows = [torch.randint(61, (n,)) for n in (3, 7, 5)]
+    padding, P = torch.tensor([4, 0, 2]), TOKENS.shape[1] if behind_a_prefix else 0
+    factors, outcomes = add_lora(llama, targets=ALL_LINEAR, dropout=0.0), []
+    for p in factors:
+        p.data += 0.1 * torch.randn_like(p)
+    for filler in (0, 60):
+        tokens = torch.stack([torch.cat((torch.full((7 - len(row),), filler), row))
+                              for row in rows])
+        past = llama(llama.embed(TOKENS))[1] if P else None
+        together = hidden(llama, tokens, token_positions(padding, 7, P),
+                          causal_mask(padding, 7, P), past)
+        outcomes.append([together[i, 7 - len(row):] for i, row in enumerate(rows)])
+    prefix = TOKENS[0, :P]
+    outcomes.append([hidden(llama, torch.cat((prefix, row))[None])[0, P:] for row in rows])
+    grads = [torch.autograd.grad(sum(x.pow(3).sum() for x in states), factors)
+             for states in outcomes]
+    for states, grad in zip(outcomes[:2], grads):
+        for one, other in zip([*states, *grad], [*outcomes[2], *grads[2]]):
+            close(one, other, 1e-4)
 
 
 # ----------------------------------------------------------------------------------------------
-# Recomputation, and a model that was really trained
+# Passes behind earlier tokens
+
+
+def test_a_pass_in_pieces_equals_one_pass_with_the_same_gradients(llama):
+    """Hidden states, keys and values."""
+    whole, present = llama(llama.embed(TOKENS))
+    pieces, past = [], None
+    for piece in TOKENS.split([3, 1, 2, 2], dim=1):
+        state, past = llama(llama.embed(piece), past=past)
+        pieces.append(state)
+    close(torch.cat(pieces, dim=1), whole)
+    for kept, pair in zip(past, present, strict=True):
+        for one, other in zip(kept, pair):
+            close(one, other)
+    parameters = list(llama.parameters())[:-1]              # all but lm_head
+    for one, other in zip(*(torch.autograd.grad(state.pow(3).sum(), parameters)
+                            for state in (torch.cat(pieces, dim=1), whole))):
+        close(one, other, 1e-4)
+
+
+def test_a_prefix_of_one_row_serves_all_rows_with_the_same_gradients(llama):
+    """Several passes behind the same prefix, as if the others had never been."""
+    parameters = list(llama.parameters())[:-1]              # all but lm_head
+    _, past = llama(llama.embed(TOKENS))
+    parts = torch.randint(61, (6, 3)).split([2, 3, 1])
+    shared = torch.cat([hidden(llama, rows, past=past) for rows in parts])
+    whole = torch.cat([hidden(llama, torch.cat((TOKENS.expand(len(rows), -1), rows), dim=1))[:, -3:]
+                       for rows in parts])
+    close(shared, whole)
+    for one, other in zip(*(torch.autograd.grad(state.pow(3).sum(), parameters)
+                            for state in (shared, whole))):
+        close(one, other, 1e-4)
+
+
+def test_behind_an_empty_prefix_a_pass_is_as_without_it(llama):
+    _, past = llama(llama.embed(TOKENS[:, :0]))
+    close(hidden(llama, TOKENS, past=past), hidden(llama, TOKENS))
+
+
+@pytest.mark.parametrize("last", [1, 3])
+@pytest.mark.parametrize("behind_a_prefix", [False, True])
+@pytest.mark.parametrize("positions", [None, torch.arange(18).view(3, 6).sqrt().cumsum(dim=1)])
+def test_the_last_columns_alone_equal_those_of_the_whole_with_the_same_gradients(
+        llama, positions, behind_a_prefix, last):
+    """The last block works for these columns only, and still keeps all keys and values."""
+    add_lora(llama, targets=ALL_LINEAR, dropout=0.0)
+    tokens, grad, results, ran = torch.randint(61, (3, 6)), torch.randn(3, last, 24), [], []
+    llama.layers[-1].mlp.register_forward_pre_hook(lambda module, args: ran.append(args[0].shape))
+    for columns in (last, 0):
+        past = llama(llama.embed(torch.tensor([[7, 8]])))[1] if behind_a_prefix else None
+        state, present = llama(llama.embed(tokens), positions, past=past, last=columns)
+        assert state.shape[1] == (columns or 6)
+        state = state[:, -last:]
+        state.backward(grad)
+        results.append([state.detach(), *(x.detach() for pair in present for x in pair),
+                        *(p.grad for p in llama.parameters() if p.requires_grad)])
+        llama.zero_grad()
+    for one, other in zip(*results, strict=True):
+        close(one, other)
+    assert (3, last, 24) in ran and (3, 6, 24) in ran
+
+
+def test_beams_as_queries_of_one_row_equal_each_branch_run_alone(llama):
+    """Two prompts of unequal length, and behind each two steps of two beams.
+
+    Beams 0 and 1 grow behind the prompt, then 2 and 3: both behind 0 in the first row; behind 1 and
+    behind 0 in the second.
+    """
+    prompts, beams = [TOKENS[:, :3], TOKENS], torch.tensor([[20, 21, 22, 23], [30, 31, 32, 33]])
+    branches = [[(0,), (1,), (0, 2), (0, 3)], [(0,), (1,), (1, 2), (0, 3)]]
+    padding = torch.tensor([5, 0])
+    tokens = torch.cat((torch.cat((torch.full((1, 5), 60), prompts[0]), dim=1), prompts[1]))
+    mask = causal_mask(padding, 8)
+    _, past = llama(llama.embed(tokens), token_positions(padding, 8), mask)
+    looks_at, states = torch.zeros(2, 4, 12, dtype=torch.bool), []
+    for row, paths in enumerate(branches):
+        for beam, path in enumerate(paths):
+            looks_at[row, beam, :8] = mask[row, 0, -1]
+            looks_at[row, beam, [8 + ancestor for ancestor in path]] = True
+    for step in (slice(0, 2), slice(2, 4)):
+        seen = looks_at[:, step, :8 + step.stop]
+        state, past = llama(llama.embed(beams[:, step]), seen.sum(dim=-1) - 1, seen[:, None], past)
+        states.append(state)
+    states = torch.cat(states, dim=1)
+    for row, paths in enumerate(branches):
+        for beam, path in enumerate(paths):
+            alone = torch.cat((prompts[row], beams[row, list(path)][None]), dim=1)
+            close(states[row, beam], hidden(llama, alone)[0, -1])
+
+
+# ----------------------------------------------------------------------------------------------
+# Blocks that are recomputed or compiled, and a model that was really trained
 
 
 def kept_bytes(function) -> tuple[torch.Tensor, int]:
@@ -375,24 +332,23 @@ def kept_bytes(function) -> tuple[torch.Tensor, int]:
     return value, sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
+def tuning_loss(llama, rows):
+    """Behind a shared prefix, of the last columns, with the same dropout at each call."""
+    torch.manual_seed(3)
+    _, past = llama(llama.embed(TOKENS))
+    return hidden(llama, rows, past=past, last=40).square().mean()
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputing_blocks_gives_the_same_gradients_and_keeps_less(llama, dropout):
-    """Through a shared prefix too, and with the same dropout in both passes."""
     factors, outcomes = add_lora(llama, dropout=dropout, targets=ALL_LINEAR), []
     for p in factors:
         p.data += 0.1 * torch.randn_like(p)
     llama.train()
     rows = torch.randint(61, (8, 50))
-
-    def loss():
-        cache = KVCache()
-        llama(TOKENS, cache=cache)
-        cache.read_only = True
-        return llama(rows, cache=cache).square().mean()
-    for run_block in (llama.run_block, partial(checkpoint, use_reentrant=False)):
-        llama.run_block = run_block
-        torch.manual_seed(3)
-        value, kept = kept_bytes(loss)
+    for recompute in (False, True):
+        wrap_blocks(llama, SimpleNamespace(recompute=recompute, compile=False))
+        value, kept = kept_bytes(partial(tuning_loss, llama, rows))
         outcomes.append((value, torch.autograd.grad(value, factors), kept))
     (plain, gradients, much), (again, regradients, little) = outcomes
     assert torch.equal(plain, again) and little < much / 4
@@ -400,18 +356,27 @@ def test_recomputing_blocks_gives_the_same_gradients_and_keeps_less(llama, dropo
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
-def test_blocks_run_in_the_wrapper_while_gradients_are_on_only(llama):
+def test_compiled_blocks_give_the_same_gradients_and_evaluation_stays_eager(llama, monkeypatch):
+    """The backend runs the traced blocks as they are, and counts."""
     ran = []
 
-    def run_block(block, *inputs):
-        ran.append(block)
-        return block(*inputs)
-    llama.run_block = run_block
-    llama(TOKENS)
-    assert ran == list(llama.layers)
+    def backend(graph, inputs):
+        return lambda *arguments: (ran.append(graph), graph(*arguments))[1]
+    llama.layers = llama.layers[:1]                         # tracing is slow
+    parameters, outcomes = list(llama.parameters())[:-1], []        # all but lm_head
+    rows = torch.randint(61, (4, 50))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for compiled in (False, True):
+        wrap_blocks(llama, SimpleNamespace(recompute=False, compile=compiled))
+        value = tuning_loss(llama, rows)
+        outcomes.append([value, *torch.autograd.grad(value, parameters)])
+        assert bool(ran) == compiled
+    for one, other in zip(*outcomes):
+        close(one, other)
+    passes = len(ran)
     with torch.no_grad():
-        llama(TOKENS)
-    assert len(ran) == len(llama.layers)
+        close(tuning_loss(llama, rows), outcomes[0][0].detach())
+    assert len(ran) == passes >= 2
 
 
 def test_a_really_trained_llama_says_its_known_text():
@@ -420,10 +385,10 @@ def test_a_really_trained_llama_says_its_known_text():
     folder = Path(os.environ.get("CETREC_STORIES", "stories260K"))
     if not (folder / "greedy.json").is_file():
         pytest.skip("set CETREC_STORIES to a stories260K checkpoint folder with greedy.json")
-    wanted = json.loads((folder / "greedy.json").read_text())["ids"]
-    model, cache, tokens = load_llama(folder), KVCache(), wanted[:1]
+    expected = json.loads((folder / "greedy.json").read_text())["ids"]
+    model, past, tokens = load_llama(folder), None, expected[:1]
     with torch.no_grad():
-        while len(tokens) < len(wanted):
-            hidden = model(torch.tensor([tokens[-1:]]), cache=cache)
-            tokens.append(int(model.logits(hidden[0, -1]).argmax()))
-    assert len(wanted) == 201 and tokens == wanted
+        while len(tokens) < len(expected):
+            state, past = model(model.embed(torch.tensor([tokens[-1:]])), past=past)
+            tokens.append(int(model.logits(state[0, -1]).argmax()))
+    assert len(expected) == 201 and tokens == expected

@@ -1,33 +1,37 @@
 """experiments/llm_baselines.py: CFT, P5, E4SRec and LLaRA against plain statements of each."""
 
+import json
 import math
 import re
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TITLES, small_config
+from conftest import TITLES, small_config, small_runs
+from torch import nn
 
 import cetrec
-from cetrec import TemporalLlama, cetrec_loss
-from data import IGNORE, Batch, Interactions, collate, make_sequences, split_by_time
-from evaluate import prefill
+from cetrec import TemporalLlama, cetrec_loss, learning_rate, tuned_parameters
+from data import (IGNORE, NO_ITEM, Batch, Catalogue, Interactions, Tokenizer, collate,
+                  encode_sequences, make_sequences, split_by_time)
+from evaluate import read_prompts
 from experiments import llm_baselines
-from experiments.llm_baselines import (P5, E4SRec, LlmItemScores, LLaRA, cft_loss, item_loss,
-                                       llara_loss, method_of, sequential_numbers, token_weights)
+from experiments.llm_baselines import (P5, E4SRec, HybridTokenizer, ItemTokenizer, LlmItemScores,
+                                       LLaRA, NumberTokenizer, cft_loss, item_loss, item_tokens,
+                                       llara_loss, prompt_without_history, sequential_numbers,
+                                       token_weights, weighted_cross_entropy)
 from experiments.report import Run, compare
 from llama import Llama
 from lora import ALL_LINEAR, add_lora
-from support.options import Options, defaults
-from support.runs import load_adapter, save_adapter
 from support.synthetic import SyntheticWorld
 from support.tiny import SEEN, TinyBase, pretrain, tiny_tokenizer
 from support.trie import TitleBeams
 
+
 @pytest.fixture(scope="module")
 def splits():
-    """Sequences over TITLES: users who go round the catalogue, each from another place."""
+    """Sequences over TITLES: users who go round the catalogue, each from another item."""
     rows = [(user, (user + 3 * step) % len(TITLES), 100 * step + user)
             for user in range(30) for step in range(8)]
     users, items, times = (np.array(column) for column in zip(*rows))
@@ -35,139 +39,126 @@ def splits():
 
 
 @pytest.fixture(params=["our tokenizer", "llama 3's splitting"])
-def plain(request, tokenizer, llama3_tokenizer) -> TemporalLlama:
-    """A small Llama with weights of some size, and no temporal embedding."""
-    return a_plain(tokenizer if request.param == "our tokenizer" else llama3_tokenizer)
+def own(request, tokenizer, llama3_tokenizer) -> Tokenizer:
+    """The tokenizer of a base."""
+    return tokenizer if request.param == "our tokenizer" else llama3_tokenizer
 
 
-def a_plain(tokenizer) -> TemporalLlama:
+def small_llama(tokenizer) -> Llama:
+    """A base with weights of some size."""
     torch.manual_seed(1)
     llama = Llama(small_config(vocab_size=tokenizer.bpe.get_vocab_size()))
     for p in llama.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    return TemporalLlama(llama, "none", tokenizer=tokenizer).eval()
+    return llama.eval()
 
 
-def a_table() -> torch.Tensor:
+def small_table() -> torch.Tensor:
+    """Embeddings of the titles."""
     return torch.randn(len(TITLES), 6, generator=torch.Generator().manual_seed(3))
 
 
-def batch_of(model, sequences, *rows) -> Batch:
-    return collate(model.tokenizer.examples(
-        [sequences.words(sequences.history(i)) for i in rows],
-        [sequences.titles[sequences.target(i)] for i in rows], sequences.domain),
-        model.tokenizer.pad_id)
+def batch_of(tokenizer, sequences, *rows) -> Batch:
+    """These sequences as one batch."""
+    return collate(encode_sequences(tokenizer, sequences.select(list(rows))), tokenizer.pad_id)
+
+
+def hidden_states(model, tokens: list[int]) -> torch.Tensor:
+    """Hidden states of one row without padding, prefix or anything before it.  -> (T, C)"""
+    row = torch.tensor([tokens])
+    return model(row, torch.full_like(row, NO_ITEM))[0][0]
 
 
 # ------------------------------------------------------------ CFT
 
 
-@pytest.mark.parametrize("m, wanted", [
+@pytest.mark.parametrize("m, weights", [
     (4, [1, 0.75, 0.5, 0.25]), (5, [1, 0.8125, 0.625, 0.4375, 0.25]), (2, [1, 0.25]), (1, [1])])
-def test_token_weights_fall_from_one_to_a_quarter_in_each_answer(m, wanted):
-    labels = torch.full((3, 7), IGNORE)
-    labels[0, 2:2 + m], labels[2, 1:3] = 5, 6           # an answer of m tokens, none, one of two
-    assert token_weights(labels).tolist() == pytest.approx(wanted + [1, 0.25])
+def test_token_weights_fall_from_one_to_a_quarter_in_each_answer(m, weights):
+    answers = torch.full((3, 5), IGNORE)
+    answers[0, -m:], answers[2, -2:] = 5, 6             # an answer of m tokens, none, one of two
+    assert token_weights(answers).tolist() == pytest.approx(weights + [1, 0.25])
 
 
-def two_token_answer(monkeypatch, *worlds):
-    """A batch with one answer of the tokens 0, 1; logits of the worlds come in this order."""
-    labels = torch.tensor([[IGNORE, 0, 1]])
-    batch = Batch(torch.zeros_like(labels), torch.full_like(labels, -1), labels, 0)
-    given = iter(worlds)
-    monkeypatch.setattr(llm_baselines, "world_logits", lambda *_: (next(given),))
-    monkeypatch.setattr(llm_baselines, "answers_without_history", lambda *_: batch)
-    return batch
+@pytest.mark.parametrize("least, loss_n, loss_c", [(0.25, 0.30192, 0.81355),
+                                                   (1.0, 0.39549, 1.20672)])
+def test_cfts_losses_by_hand(least, loss_n, loss_c):
+    """One answer of the tokens 0, 1, whose logits with the history are h and without it are o."""
+    h, o = torch.tensor([[2.0, 0, 0], [0, 1, 0]]), torch.tensor([[1.0, 0, 0], [0, 2, 0]])
+    answers = torch.tensor([[IGNORE, 0, 1]])
+    assert weighted_cross_entropy(h, answers, least).item() == pytest.approx(loss_n, abs=2e-5)
+    assert weighted_cross_entropy(h - o, answers, least).item() == pytest.approx(loss_c, abs=2e-5)
 
 
-@pytest.mark.parametrize("least, wanted", [(0.25, (0.38328, 0.30192, 0.81355)),
-                                           (1.0, (0.51617, 0.39549, 1.20672))])
-def test_cfts_losses_by_hand(monkeypatch, least, wanted):
-    f, c = torch.tensor([[2.0, 0, 0], [0, 1, 0]]), torch.tensor([[1.0, 0, 0], [0, 2, 0]])
-    batch = two_token_answer(monkeypatch, f, c)
-    monkeypatch.setattr(token_weights, "__defaults__", (least,))
-    model = type("Model", (), {"tokenizer": None})()
-    assert [x.item() for x in cft_loss(model, batch, 0.1, "movies")] == pytest.approx(
-        wanted, abs=2e-5)
-
-
-def test_where_the_history_has_no_effect_cfts_second_loss_is_ln_v_without_a_gradient(monkeypatch):
-    f = torch.randn(2, 3, requires_grad=True)
-    batch = two_token_answer(monkeypatch, f, f)
-    model = type("Model", (), {"tokenizer": None})()
-    loss_c = cft_loss(model, batch, 0.1, "movies")[2]
-    loss_c.backward()
-    assert loss_c.item() == pytest.approx(math.log(3)) and f.grad.abs().max() == 0
-
-
-def test_cft_is_its_definition_on_plain_forwards_gradients_through_both(plain, splits):
+def test_cft_is_its_definition_on_plain_forwards_gradients_through_both(own, splits):
     """Both prompts written out here, every row a forward of its own."""
-    rows, losses = (0, 20, 3), []
-    batch = batch_of(plain, splits[0], *rows)
-    losses.append(cft_loss(plain, batch, 0.1, "movies"))
-    sums, bpe = torch.zeros(3), plain.tokenizer.bpe
-    prompt = bpe.encode(
+    rows, losses, model = (0, 20, 3), [], TemporalLlama(small_llama(own), "none")
+    prompt = own.bpe.encode(
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.  \n\n### Instruction:\nGiven a list of movies the user has watched "
         "before, please recommend a new movie that the user likes to the user.\n\n"
         "### Response:\n").ids
-    for example in plain.tokenizer.examples(
-            [splits[0].words(splits[0].history(i)) for i in rows],
-            [TITLES[splits[0].target(i)] for i in rows]):
+    losses.append(cft_loss(model, batch_of(own, splits[0], *rows), 0.1,
+                           prompt_without_history(own, "movies")))
+    sums = torch.zeros(3)
+    for example in encode_sequences(own, splits[0].select(list(rows))):
         answer = [t for t in example.labels if t != IGNORE]
         m = len(answer)
         for t, y in enumerate(answer):
             w = 1 - t * 0.75 / (m - 1)
-            f, c = (plain.logits(plain(tokens, torch.full_like(tokens, -1)))[0, -1] for tokens in (
-                torch.tensor([example.tokens[:len(example.tokens) - m + t]]),
-                torch.tensor([prompt + answer[:t]])))
-            sums = sums + w * torch.stack((-f.log_softmax(-1)[y], -(f - c).log_softmax(-1)[y],
+            f, o = (model.logits(hidden_states(model, before + answer[:t]))[-1]
+                    for before in (example.tokens[:-m], prompt))
+            sums = sums + w * torch.stack((-f.log_softmax(-1)[y], -(f - o).log_softmax(-1)[y],
                                            torch.ones(())))
     loss_n, loss_c = sums[0] / sums[2], sums[1] / sums[2]
     losses.append((loss_n + 0.1 * loss_c, loss_n, loss_c))
-    for ours, wanted in zip(*losses):
-        torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
-    gradients = [torch.autograd.grad(loss[0], [*plain.parameters()], retain_graph=True)
+    for ours, expected in zip(*losses):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    gradients = [torch.autograd.grad(loss[0], [*model.parameters()], retain_graph=True)
                  for loss in losses]
-    for ours, wanted in zip(*gradients):
-        torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-3)
+    for ours, expected in zip(*gradients):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
 
 
-def test_a_row_weighs_by_its_own_tokens_whatever_stands_beside_it(plain, splits):
-    rows = (0, 20, 3)
-    together = cft_loss(plain, batch_of(plain, splits[0], *rows), 0.5, "movies")
+def test_a_row_weighs_by_its_own_tokens_whatever_stands_beside_it(own, splits):
+    rows, model = (0, 20, 3), TemporalLlama(small_llama(own), "none")
+    prompt = prompt_without_history(own, "movies")
+    together = cft_loss(model, batch_of(own, splits[0], *rows), 0.5, prompt)
     weights, losses = [], []
     for row in rows:
-        alone = batch_of(plain, splits[0], row)
-        weights.append(token_weights(alone.labels).sum())
-        losses.append(torch.stack(cft_loss(plain, alone, 0.5, "movies")))
+        alone = batch_of(own, splits[0], row)
+        weights.append(token_weights(alone.answers).sum())
+        losses.append(torch.stack(cft_loss(model, alone, 0.5, prompt)))
     mean = (torch.stack(weights)[:, None] * torch.stack(losses)).sum(0) / sum(weights)
     torch.testing.assert_close(torch.stack(together), mean, atol=1e-5, rtol=1e-5)
 
 
-def test_without_lambda_and_weights_cft_is_bigrec(plain, splits, monkeypatch):
-    monkeypatch.setattr(token_weights, "__defaults__", (1.0,))
-    batch = batch_of(plain, splits[0], 0, 20, 3)
-    loss, loss_n, none = cft_loss(plain, batch, 0.0, "movies")
-    assert none is None and loss is loss_n
-    torch.testing.assert_close(loss, cetrec_loss(plain, batch, 0.0)[0])
+def test_without_lambda_cft_is_one_world_and_with_equal_weights_bigrec(own, splits):
+    model, batch = TemporalLlama(small_llama(own), "none"), batch_of(own, splits[0], 0, 20, 3)
+    loss, loss_n, loss_c = cft_loss(model, batch, 0.0, [])          # no second prompt is run
+    assert loss is loss_n and loss_c is None
+    logits = cetrec.answer_logits(model, batch, batch.item_pos)
+    torch.testing.assert_close(weighted_cross_entropy(logits, batch.answers, least=1.0),
+                               cetrec_loss(model, batch, 0.0)[0])
 
 
-def test_cft_words_its_second_prompt_as_the_data_want_it(plain, splits, monkeypatch):
-    asked = []
-    monkeypatch.setattr(llm_baselines, "cft_loss", lambda *given: asked.append(given[3]))
-    method = method_of("cft", Options.from_flags({"data": "steam"}), None)
-    games = [replace(part, domain="games") for part in splits]
-    method.loss(method.wrap(plain, games), None, 0.1)
-    assert asked == ["games"]
+def test_cft_words_its_second_prompt_as_the_data_want_it(own):
+    text = own.decode(prompt_without_history(own, "games"))
+    assert "a list of video games the user has played before" in text and "### Input" not in text
 
 
 # ------------------------------------------------------------ P5
 
 
 @pytest.fixture
-def p5(plain, splits) -> P5:
-    return P5(plain, splits, seed=0).eval()
+def numbered(own, splits) -> NumberTokenizer:
+    """The tokenizer of P5."""
+    return NumberTokenizer(**vars(own), numbers=sequential_numbers(splits[0]))
+
+
+@pytest.fixture
+def p5(numbered) -> P5:
+    return P5(small_llama(numbered), numbered, seed=0).eval()
 
 
 def test_numbers_are_given_as_training_meets_the_items_and_no_other_data_count(splits):
@@ -175,140 +166,144 @@ def test_numbers_are_given_as_training_meets_the_items_and_no_other_data_count(s
     assert sorted(numbers) == sorted(TITLES)
     assert sorted(map(int, numbers.values())) == list(range(1001, 1001 + len(TITLES)))
     first = splits[0].select(slice(0, 1))
-    words = first.words(first.history(0)) + [TITLES[first.target(0)]]
-    assert [int(numbers[title]) for title in words] == [1001 + i for i in range(len(words))]
+    titles = first.titles_of(first.history(0)) + [TITLES[first.target(0)]]
+    assert [int(numbers[title]) for title in titles] == [1001 + i for i in range(len(titles))]
     few = sequential_numbers(first)
-    assert [few[title] for title in words] == [numbers[title] for title in words]
-    rest = [title for title in TITLES if title not in words]
-    assert [few[title] for title in rest] == [str(1001 + len(words) + i) for i in range(len(rest))]
+    assert [few[title] for title in titles] == [numbers[title] for title in titles]
+    rest = [title for title in TITLES if title not in titles]
+    assert [few[title] for title in rest] == [str(1001 + len(titles) + i) for i in range(len(rest))]
 
 
-def test_a_prompt_of_p5_and_what_is_supervised(p5, splits):
-    numbers = p5.tokenizer.numbers
-    example, = p5.tokenizer.examples([["Ran", "Heat"]], ["Jumanji (1995)"], "movies")
-    text = p5.tokenizer.decode(example.tokens)
-    assert text == ("These movies were consumed in this order. What is the next item ?\n"
-                    f"item_{numbers['Ran']} , item_{numbers['Heat']}\n"
-                    f"Response: item_{numbers['Jumanji (1995)']}")
+def test_a_prompt_of_p5_and_what_is_supervised(numbered):
+    numbers = numbered.numbers
+    (example,) = numbered.examples([["Ran", "Heat"]], ["Jumanji (1995)"], "movies")
+    assert numbered.decode(example.tokens) == (
+        "These movies were consumed in this order. What is the next item ?\n"
+        f"item_{numbers['Ran']} , item_{numbers['Heat']}\n"
+        f"Response: item_{numbers['Jumanji (1995)']}")
     answer = [t for t in example.labels if t != IGNORE]
-    assert p5.tokenizer.decode(answer) == f" item_{numbers['Jumanji (1995)']}"
-    assert answer[-1] == p5.tokenizer.eos_ids[0] and example.tokens[-len(answer):] == answer
+    assert numbered.decode(answer) == f" item_{numbers['Jumanji (1995)']}"
+    assert answer[-1] == numbered.eos_ids[0] and example.tokens[-len(answer):] == answer
 
 
-def test_untrained_p5_still_gives_ten_items_in_the_order_of_their_likelihood(p5, splits):
+def test_untrained_p5_still_gives_ten_items_in_the_order_of_their_likelihood(p5, numbered, splits):
     histories = [splits[2].history(0), splits[2].history(1)]
-    made = TitleBeams(p5, TITLES, "movies", beams=len(TITLES))(histories)
+    lists = TitleBeams(p5, Catalogue(TITLES, "movies", numbered), beams=len(TITLES))(histories)
     for row, history in enumerate(histories):
-        words = [TITLES[i] for i in history]
         scores = []
-        for title in TITLES:
-            batch = collate(p5.tokenizer.examples([words], [title]))
-            logits = p5.logits(p5(batch.tokens, batch.item_pos))[0]
-            there = batch.labels[0] != IGNORE
-            scores.append(logits[there].log_softmax(-1).gather(
-                1, batch.labels[0][there][:, None]).sum().item())
+        for example in numbered.examples([[TITLES[i] for i in history]] * len(TITLES), TITLES):
+            log_p = p5.logits(hidden_states(p5, example.tokens)).log_softmax(-1)
+            scores.append(sum(log_p[t - 1, label].item() for t, label in enumerate(example.labels)
+                              if label != IGNORE))
         order = [i for i in np.argsort(-np.array(scores), kind="stable") if i not in history][:10]
-        assert made.items[row, :len(order)].tolist() == order
+        assert lists.items[row, :len(order)].tolist() == order
 
 
-def test_p5_draws_the_rows_of_its_numbers_anew_and_learns_the_input_table(tokenizer, splits):
-    before = a_plain(tokenizer)
-    table = before.llama.embed_tokens.weight.detach().clone()
-    p5 = P5(a_plain(tokenizer), splits, seed=0)
-    used = {t for n in p5.tokenizer.numbers.values()
-            for t in tokenizer.bpe.encode(f" item_{n}", add_special_tokens=False).ids}
-    changed = (p5.llama.embed_tokens.weight != table).any(dim=1).nonzero()[:, 0].tolist()
+def test_p5_draws_the_rows_of_its_numbers_anew_and_learns_the_input_table(p5, numbered, splits):
+    before = small_llama(numbered).embed_tokens.weight
+    used = {t for n in numbered.numbers.values()
+            for t in numbered.bpe.encode(f" item_{n}", add_special_tokens=False).ids}
+    changed = (p5.llama.embed_tokens.weight != before).any(dim=1).nonzero()[:, 0].tolist()
     assert set(changed) == used
     add_lora(p5.llama)
     assert {name for name, p in p5.named_parameters() if p.requires_grad and "proj" not in name} \
         == {"A", "B"}
-    batch = batch_of(p5, splits[0], 0, 1)
-    as_it_is = p5(batch.tokens, batch.item_pos)
-    torch.testing.assert_close(as_it_is, p5.llama(batch.tokens))        # A is zero at first
+    batch = batch_of(numbered, splits[0], 0, 1)
+    torch.testing.assert_close(p5(batch.tokens, batch.item_pos)[0],     # A is zero at first
+                               p5.llama(p5.llama.embed(batch.tokens))[0])
     p5.A.data.normal_()
     torch.testing.assert_close(
-        p5(batch.tokens, batch.item_pos),
-        p5.llama(None, embeddings=p5.llama.embed_tokens.weight[batch.tokens]
-                 + 2.0 * p5.A[batch.tokens] @ p5.B))
+        p5(batch.tokens, batch.item_pos)[0],
+        p5.llama(p5.llama.embed_tokens.weight[batch.tokens] + 2.0 * p5.A[batch.tokens] @ p5.B)[0])
 
 
 # ------------------------------------------------------------ LLaRA
 
 
 @pytest.fixture
-def llara(plain, splits) -> LLaRA:
-    return LLaRA(plain, splits, a_table(), rows=1_000, seed=0).eval()
+def hybrid(own) -> HybridTokenizer:
+    """The tokenizer of LLaRA."""
+    return HybridTokenizer(**vars(own), item_tokens=item_tokens(TITLES, small_llama(own)))
 
 
-def test_every_title_of_a_history_is_followed_by_its_item_and_nothing_else_changes(llara, plain,
-                                                                                    splits):
-    size = llara.llama.config.vocab_size
+@pytest.fixture
+def llara(hybrid) -> LLaRA:
+    return LLaRA(small_llama(hybrid), small_table(), steps=100, seed=0).eval()
+
+
+def test_every_title_of_a_history_is_followed_by_its_item_and_nothing_else_changes(hybrid, own):
+    size = own.bpe.get_vocab_size()
     histories = [TITLES[:5], TITLES[3:13], [TITLES[2]]]
-    with_items = llara.tokenizer.examples(histories, TITLES[:3])
-    without = plain.tokenizer.examples(histories, TITLES[:3])
-    for ours, theirs, history in zip(with_items, without, histories):
+    for ours, theirs, history in zip(hybrid.examples(histories, TITLES[:3]),
+                                     own.examples(histories, TITLES[:3]), histories):
         items = [t - size for t in ours.tokens if t >= size]
         assert items == [TITLES.index(title) for title in history]
-        kept = [i for i, t in enumerate(ours.tokens) if t < size]
+        text = [i for i, t in enumerate(ours.tokens) if t < size]
         for part in ("tokens", "item_pos", "labels"):
-            assert [getattr(ours, part)[i] for i in kept] == getattr(theirs, part)
+            assert [getattr(ours, part)[i] for i in text] == getattr(theirs, part)
         for i, t in enumerate(ours.tokens):
             if t >= size:           # behind the last token of a title
-                assert ours.item_pos[i - 1] != -1 and ours.item_pos[i] == -1
+                assert ours.item_pos[i - 1] != NO_ITEM and ours.item_pos[i] == NO_ITEM
                 assert ours.labels[i] == IGNORE
 
 
-def test_the_place_of_item_i_holds_its_projected_row(llara, splits):
-    batch = batch_of(llara, splits[0], 0, 20)
-    size, given = llara.llama.config.vocab_size, []
-    llara.llama.register_forward_pre_hook(
-        lambda _, args, kwargs: given.append(kwargs["embeddings"]), with_kwargs=True)
-    llara(batch.tokens, batch.item_pos)
-    for row, tokens in enumerate(batch.tokens):
-        for t, token in enumerate(tokens.tolist()):
-            wanted = (llara.project(a_table()[token - size]) if token >= size else
-                      llara.llama.embed_tokens.weight[token])
-            torch.testing.assert_close(given[0][row, t], wanted)
+def test_the_token_of_item_i_is_embedded_as_its_projected_row(llara, hybrid, splits):
+    batch, size = batch_of(hybrid, splits[0], 0, 20), llara.llama.config.vocab_size
+    x = torch.stack([torch.stack([
+        llara.project(small_table()[token - size]) if token >= size else
+        llara.llama.embed_tokens.weight[token] for token in row]) for row in batch.tokens.tolist()])
+    assert (batch.tokens >= size).sum() >= 6
+    torch.testing.assert_close(llara(batch.tokens, batch.item_pos)[0], llara.llama(x)[0])
 
 
-def test_a_projection_to_the_placeholder_gives_the_text_only_logits(llara, splits):
-    batch = batch_of(llara, splits[0], 0, 20)
-    hybrid = llara(batch.tokens, batch.item_pos)
-    llara.hybrid = False
-    text = llara(batch.tokens, batch.item_pos)
-    assert not torch.allclose(hybrid, text, atol=1e-3)
+def test_a_projection_to_the_placeholder_gives_the_text_only_states(llara, hybrid, splits):
+    batch = batch_of(hybrid, splits[0], 0, 20)
+    with_items, _ = llara(batch.tokens, batch.item_pos)
+    llara.train().hybrid = False
+    text_only, _ = llara(batch.tokens, batch.item_pos)
+    assert not torch.allclose(with_items, text_only, atol=1e-3)
     llara.hybrid = True
+    assert torch.equal(llara(batch.tokens, batch.item_pos)[0], with_items)
     llara.project[2].weight.data.zero_()
     llara.project[2].bias.data = llara.placeholder.clone()
-    torch.testing.assert_close(llara(batch.tokens, batch.item_pos), text)
+    torch.testing.assert_close(llara(batch.tokens, batch.item_pos)[0], text_only)
 
 
-def test_the_share_of_hybrid_batches_rises_from_none_to_all(llara, splits, monkeypatch):
-    seen = []
-    monkeypatch.setattr(cetrec, "cetrec_loss", lambda model, batch, λ: seen.append(model.hybrid))
-    llara.train()
-    batch = batch_of(llara, splits[0], *range(10))
-    llara.rows = 10 * 2_001
+def test_the_share_of_hybrid_steps_rises_from_none_to_all(llara):
+    llara.steps, kinds = 2_000, []
     for _ in range(2_001):
-        llara_loss(llara, batch, 0.0)
-        assert llara.hybrid                 # for whatever is done between the steps
-    share = [np.mean(part) for part in np.array_split(seen, 10)]
-    assert not seen[0] and share == pytest.approx([0.05 + 0.1 * i for i in range(10)], abs=0.1)
-    llara.done = llara.rows
-    llara_loss(llara, batch, 0.0)
-    assert seen[-1]
-    llara.eval()
-    llara.done = 0
-    llara_loss(llara, batch, 0.0)
-    assert seen[-1] and llara.done == 0     # on validation every batch is hybrid
+        llara.begin_step()
+        kinds.append(llara.hybrid)
+    share = [np.mean(part) for part in np.array_split(kinds, 10)]
+    assert not kinds[0] and share == pytest.approx([0.05 + 0.1 * i for i in range(10)], abs=0.1)
+    assert kinds[-1]                        # after all steps the probability is 1
 
 
-def test_only_a_hybrid_batch_teaches_the_projection_and_none_the_table(llara, splits):
+def test_all_parts_of_a_step_are_of_one_kind_and_validation_is_no_step(llara, hybrid, splits):
     add_lora(llara.llama)
     llara.train()
-    batch = batch_of(llara, splits[0], 0, 20)
-    for done, taught in ((0, False), (llara.rows, True)):
-        llara.done = done
+    part = batch_of(hybrid, splits[0], 0)
+    kinds = []
+    for step in range(1, 9):
+        llara.step = 50 + step              # where both kinds are about as likely
+        for _ in range(3):
+            llara_loss(llara, part, 0.0)[0].backward()
+            kinds.append(llara.hybrid)
+            assert llara.step == 51 + step
+        llara.zero_grad()
+    assert kinds == [kind for kind in kinds[::3] for _ in range(3)] and len(set(kinds)) == 2
+    llara.eval()
+    llara_loss(llara, part, 0.0)
+    assert llara.step == 51 + 8
+
+
+def test_only_a_hybrid_step_teaches_the_projection_and_none_the_table(llara, hybrid, splits):
+    add_lora(llara.llama)
+    llara.train()
+    batch = batch_of(hybrid, splits[0], 0, 20)
+    for step, taught in ((0, False), (llara.steps, True)):
+        llara.step = step
+        llara.zero_grad()
         llara_loss(llara, batch, 0.0)[0].backward()
         assert (llara.project[0].weight.grad is not None) == taught
         assert not llara.z.requires_grad and llara.llama.embed_tokens.weight.grad is None
@@ -316,119 +311,92 @@ def test_only_a_hybrid_batch_teaches_the_projection_and_none_the_table(llara, sp
         "llama", "project"}
 
 
-def test_left_out_padding_and_batches_change_nothing(llara, splits):
-    together = llara_loss(llara, batch_of(llara, splits[0], 0, 20, 3), 0.0)[0]
-    parts, counts = [], []
+def test_padding_and_batches_change_nothing(llara, hybrid, splits):
+    together = llara_loss(llara, batch_of(hybrid, splits[0], 0, 20, 3), 0.0)[0]
+    losses, counts = [], []
     for row in (0, 20, 3):
-        alone = batch_of(llara, splits[0], row)
-        parts.append(llara_loss(llara, alone, 0.0)[0] * len(alone.targets))
-        counts.append(len(alone.targets))
-    torch.testing.assert_close(together, sum(parts) / sum(counts), atol=1e-5, rtol=1e-5)
+        alone = batch_of(hybrid, splits[0], row)
+        losses.append(llara_loss(llara, alone, 0.0)[0])
+        counts.append(alone.answers.numel())
+    mean = sum(loss * count for loss, count in zip(losses, counts)) / sum(counts)
+    torch.testing.assert_close(together, mean, atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------ E4SRec
 
 
 @pytest.fixture
-def e4srec(plain, splits) -> E4SRec:
-    return E4SRec(plain, splits, a_table()).eval()
+def sentence(own) -> ItemTokenizer:
+    """The tokenizer of E4SRec."""
+    return ItemTokenizer(**vars(own), item_tokens=item_tokens(TITLES, small_llama(own)))
 
 
-def test_a_sentence_the_items_and_the_marker(e4srec):
-    size = e4srec.llama.config.vocab_size
-    example, = e4srec.tokenizer.examples([["Ran", "Heat"]], ["Jumanji (1995)"])
+@pytest.fixture
+def e4srec(sentence) -> E4SRec:
+    return E4SRec(small_llama(sentence), small_table()).eval()
+
+
+def test_a_sentence_the_items_and_the_marker(sentence):
+    size = sentence.bpe.get_vocab_size()
+    (example,) = sentence.examples([["Ran", "Heat"]], ["Jumanji (1995)"])
     at = [i for i, t in enumerate(example.tokens) if t >= size]
     assert [TITLES[example.tokens[i] - size] for i in at] == ["Ran", "Heat", "Jumanji (1995)"]
-    text = e4srec.tokenizer.decode(example.tokens[:at[0]])
+    text = sentence.decode(example.tokens[:at[0]])
     assert text.startswith("Below is an instruction") and text.endswith("movies before:")
     assert not any(title in text for title in TITLES)
-    assert e4srec.tokenizer.decode(example.tokens[at[1] + 1:at[2]]) == "\n \n\n### Response:\n"
-    assert e4srec.tokenizer.bos_id not in example.tokens[1:] or e4srec.tokenizer.bos_id is None
+    assert sentence.decode(example.tokens[at[1] + 1:at[2]]) == "\n \n\n### Response:\n"
+    bos = sentence.bpe.encode("").ids[0]                # which the tokenizer itself adds
+    assert bos not in example.tokens
     assert example.labels == [IGNORE] * (len(example.tokens) - 1) + [example.tokens[-1]]
-    assert e4srec.tokenizer.examples([["Ran", "Heat"]], [None])[0].tokens == example.tokens[:-1]
+    assert sentence.examples([["Ran", "Heat"]], [None])[0].tokens == example.tokens[:-1]
 
 
-def test_what_e4srec_trains_and_that_scores_are_for_items(e4srec, splits):
+def test_what_e4srec_trains_and_that_scores_are_for_items(e4srec, sentence, splits):
     add_lora(e4srec.llama)
     names = {name for name, p in e4srec.named_parameters() if p.requires_grad}
     assert {name for name in names if not name.startswith("llama.")} == {
         "project.weight", "project.bias", "head.weight"}
     assert all(name.endswith((".A", ".B")) for name in names if name.startswith("llama."))
-    batch = batch_of(e4srec, splits[0], 0, 20)
+    rows = (0, 20)
+    batch, by_hand = batch_of(sentence, splits[0], *rows), []
     loss, same, none = item_loss(e4srec, batch, 0.0)
     assert loss is same and none is None
-    hidden = e4srec(batch.tokens, batch.item_pos)
-    by_hand = []
-    for row, i in enumerate((0, 20)):
-        last = int((batch.labels[row] != IGNORE).nonzero())
-        scores = e4srec.head.weight @ hidden[row, last]
+    for row, example in zip(rows, encode_sequences(sentence, splits[0].select(list(rows)))):
+        scores = e4srec.head.weight @ hidden_states(e4srec, example.tokens[:-1])[-1]
         assert scores.shape == (len(TITLES),)
-        by_hand.append(-scores.log_softmax(-1)[splits[0].target(i)])
+        by_hand.append(-scores.log_softmax(-1)[splits[0].target(row)])
     torch.testing.assert_close(loss, sum(by_hand) / 2)
     e4srec.head.weight.data.mul_(1e-4)
     assert item_loss(e4srec, batch, 0.0)[0].item() == pytest.approx(math.log(len(TITLES)), abs=1e-2)
 
 
-def test_e4srecs_scores_do_not_depend_on_the_batch_but_on_order_and_on_the_table(e4srec, splits):
+def test_e4srecs_scores_do_not_depend_on_the_batch_but_on_order_and_on_the_table(e4srec, sentence):
     histories = [[1, 2, 3, 4], [5, 6, 7], [4, 3, 2, 1]]
 
     def scores(*rows):
-        prompts = [(e.tokens, e.item_pos) for e in e4srec.tokenizer.examples(
+        prompts = [(e.tokens, e.item_pos) for e in sentence.examples(
             [[TITLES[i] for i in histories[row]] for row in rows], [None] * len(rows))]
-        return prefill(e4srec, prompts)[1]
+        return read_prompts(e4srec, prompts)[0]
     together = scores(0, 1, 2)
     torch.testing.assert_close(scores(1), together[1:2], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together[0], together[2], atol=1e-4)
-    made = LlmItemScores(e4srec, splits[2], True)(histories)
+    lists = LlmItemScores(e4srec, Catalogue(TITLES, "movies", sentence))(histories)
     for row, history in enumerate(histories):
         order = np.argsort(-together[row].detach().numpy(), kind="stable")
-        assert made.items[row, :9].tolist() == [i for i in order if i not in history][:9]
+        assert lists.items[row, :9].tolist() == [i for i in order if i not in history][:9]
+        assert lists.items[row, 9] == (-1 if len(history) > 3 else
+                                       [i for i in order if i not in history][9])
     e4srec.z[2] += 1.0
     assert not torch.allclose(scores(0, 1, 2)[0], together[0], atol=1e-4)
     torch.testing.assert_close(scores(1), together[1:2], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llara", "e4srec"])
-def test_the_maps_round_the_base_are_drawn_from_the_seed(name, tokenizer, splits, tmp_path,
-                                                         monkeypatch):
-    """The first call trains the table of items, the second finds it."""
-    monkeypatch.setattr(llm_baselines, "defaults",
-                        lambda *wanted: defaults(*wanted) | {"epochs": 1})
-
-    def drawn(seed: int) -> list[torch.Tensor]:
-        method = method_of(name, Options.from_flags({"seed": seed}), tmp_path)
-        return [p.clone() for p in method.wrap(a_plain(tokenizer), splits).project.parameters()]
-    first, second, other = drawn(0), drawn(0), drawn(1)
-    assert all(torch.equal(p, q) for p, q in zip(first, second))
-    assert not torch.equal(first[0], other[0])
-
-
 # ------------------------------------------------------------ All four
 
 
-@pytest.mark.parametrize("name", ["llara", "p5", "e4srec"])
-def test_what_stands_round_the_base_is_saved_and_loaded_with_the_factors(name, splits, tmp_path,
-                                                                         tokenizer):
-    def build():
-        plain = a_plain(tokenizer)
-        return {"llara": lambda: LLaRA(plain, splits, a_table(), 100, 0),
-                "p5": lambda: P5(plain, splits, 0),
-                "e4srec": lambda: E4SRec(plain, splits, a_table())}[name]().eval()
-    model, again = build(), build()
-    add_lora(model.llama)
-    for p in cetrec.tuned_parameters(model):
-        p.data += 0.1 * torch.randn_like(p)
-    save_adapter(model, tmp_path)
-    load_adapter(again, tmp_path)
-    batch = batch_of(model, splits[0], 0, 20)
-    ours, theirs = (m.logits(m(batch.tokens, batch.item_pos)) for m in (model, again))
-    assert torch.equal(ours, theirs)
-    assert not torch.allclose(ours, build().logits(build()(batch.tokens, batch.item_pos)))
-
-
 @pytest.mark.parametrize("name, steps, lr", [
-    ("cft", 120, 0.007), ("llara", 180, 0.007), ("p5", 200, 0.004), ("e4srec", 60, 0.007)])
-def test_64_records_are_learned_by_heart(name, steps, lr, tmp_path):
+    ("cft", 70, 0.007), ("llara", 100, 0.01), ("p5", 160, 0.004), ("e4srec", 40, 0.007)])
+def test_32_records_are_learned_by_heart(name, steps, lr, tmp_path):
     """HR@1 is 1 after tuning factors beside a frozen base that knows the titles only."""
     world = SyntheticWorld(items=30)
     numbers = [f"{before}item_{1001 + i}" for i in range(30) for before in (" , ", "")]
@@ -437,49 +405,75 @@ def test_64_records_are_learned_by_heart(name, steps, lr, tmp_path):
     records = make_sequences(world.interactions(150))
     sets = [f"{np.sort(records.history(i))}" for i in range(len(records))]
     _, first = np.unique(sets, return_index=True)       # order alone would take long to learn
-    records = records.select([i for i in np.sort(first) if len(records.history(i)) == 3][:64])
-    assert len(records) == 64
+    records = records.select([i for i in np.sort(first) if len(records.history(i)) == 3][:32])
+    assert len(records) == 32
     llama = Llama(small_config(vocab_size=tokenizer.bpe.get_vocab_size(), hidden_size=64,
                                num_hidden_layers=1 + (name == "p5"), num_key_value_heads=4,
                                head_dim=16, intermediate_size=128, tie_word_embeddings=True))
     pretrain(llama, tokenizer, records, 0, TinyBase(batch_size=64, least_steps=40, lr=3e-3),
              tmp_path)
     llama.norm.weight.data *= 4             # so that few steps make probabilities near one
-    plain, z = TemporalLlama(llama, "none", tokenizer=tokenizer), torch.randn(30, 16)
-    parts = (records, records, records)
-    model, loss = {
-        "cft": lambda: (plain, lambda *given: cft_loss(*given, "movies")),
-        "llara": lambda: (LLaRA(plain, parts, z, steps * 64, 0), llara_loss),
-        "p5": lambda: (P5(plain, parts, 0), cetrec_loss),
-        "e4srec": lambda: (E4SRec(plain, parts, z), item_loss)}[name]()
-    add_lora(model.llama, 32, 64, 0.0, ALL_LINEAR)
-    optimizer = torch.optim.AdamW(cetrec.tuned_parameters(model), weight_decay=0.0)
+    items, z = item_tokens(world.titles, llama), torch.randn(30, 16)
+    if name == "cft":
+        model, prompt = TemporalLlama(llama, "none"), prompt_without_history(tokenizer, "movies")
+    elif name == "llara":
+        tokenizer = HybridTokenizer(**vars(tokenizer), item_tokens=items)
+        model = LLaRA(llama, z, steps, 0)
+    elif name == "p5":
+        tokenizer = NumberTokenizer(**vars(tokenizer), numbers=sequential_numbers(records))
+        model = P5(llama, tokenizer, 0)
+    else:
+        tokenizer = ItemTokenizer(**vars(tokenizer), item_tokens=items)
+        model = E4SRec(llama, z)
+    loss = {"cft": lambda *inputs: cft_loss(*inputs, 0.1, prompt),
+            "llara": lambda *inputs: llara_loss(*inputs, 0.0),
+            "p5": lambda *inputs: cetrec_loss(*inputs, 0.0),
+            "e4srec": lambda *inputs: item_loss(*inputs, 0.0)}[name]
+    add_lora(llama, 32, 64, 0.0, ALL_LINEAR)
+    optimizer = torch.optim.AdamW(tuned_parameters(model), weight_decay=0.0)
     model.train()
-    batch, λ = batch_of(model, records, *range(64)), 0.1 if name == "cft" else 0.0
+    batch = batch_of(tokenizer, records, *range(32))
     for step in range(1, steps + 1):
-        rate = cetrec.learning_rate(step, steps, lr, 10)
-        cetrec.tuning_step(model, batch, optimizer, rate, λ, 64, loss)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, 10)
+        loss(model, batch)[0].backward()
+        nn.utils.clip_grad_norm_(tuned_parameters(model), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
     model.eval()
-    histories = [records.history(i) for i in range(64)]
-    recommend = (LlmItemScores(model, records, True) if name == "e4srec" else
-                 TitleBeams(model, records.titles, "movies", True))
-    assert recommend(histories).items[:, 0].tolist() == records.items[records.targets].tolist()
+    catalogue = Catalogue(world.titles, "movies", tokenizer)
+    recommend = (LlmItemScores if name == "e4srec" else TitleBeams)(model, catalogue)
+    lists = recommend([records.history(i) for i in range(32)])
+    assert lists.items[:, 0].tolist() == records.items[records.targets].tolist()
+
+
+QUICK = ["--limit-train", "64", "--eval-sequences", "8", "--batch-size", "16", "--max-steps", "2"]
 
 
 @pytest.fixture(scope="module")
 def run_folders(tmp_path_factory):
     """A few steps of each method, and of CETRec, in one small world."""
-    root, draw = tmp_path_factory.mktemp("llm"), SyntheticWorld.interactions
-    quick = ["--limit-train", "64", "--eval-sequences", "8", "--batch-size", "16", "--max-steps",
-             "2", "--out", str(root)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SyntheticWorld, "interactions", lambda self, seed: draw(self, 120, seed))
-        patch.setitem(cetrec.TINY_BASES, "synthetic", cetrec.TinyBase(
-            pieces=300, hidden_size=32, intermediate_size=64, max_sequences=64))
-        assert cetrec.main(quick) == 0
+    root = tmp_path_factory.mktemp("llm")
+    with small_runs():
+        assert cetrec.main([*QUICK, "--out", str(root)]) == 0
         for name in ("cft", "llara", "p5", "e4srec"):
-            assert llm_baselines.main(["--method", name, *quick]) == 0
-    return root
+            assert llm_baselines.main(["--method", name, *QUICK, "--out", str(root)]) == 0
+        yield root
+
+
+def losses(folder: Path) -> list[dict]:
+    """What a run logged, less the milliseconds."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "ms"} for line in lines]
+
+
+def test_a_run_is_the_same_whether_it_trains_the_table_of_items_or_finds_it(run_folders, tmp_path):
+    """In the folder of all runs LLaRA trained the table, and E4SRec found it."""
+    for name, out in (("llara", run_folders), ("e4srec", tmp_path)):
+        assert llm_baselines.main(["--method", name, *QUICK, "--out", str(out)]) == 0
+        again = max(out.glob(f"synthetic-{name}-*"))
+        assert losses(again) == losses(run_folders / f"synthetic-{name}-1")
+    assert len(list(run_folders.glob("sasrec-*/model.safetensors"))) == 1
+    assert len(list(tmp_path.glob("sasrec-*/model.safetensors"))) == 1
 
 
 def test_run_folders_of_all_methods_are_compared(run_folders):
@@ -491,7 +485,16 @@ def test_run_folders_of_all_methods_are_compared(run_folders):
     for name in ("10 beams on titles / 10 beams on numbers / all items scored",
                  "5 beams, grounded / all items scored"):
         assert f"\n{name}\n" in text
-    assert len(list(run_folders.glob("sasrec-*/model.safetensors"))) == 1       # made for two
+
+
+@pytest.mark.parametrize("name, own_loss", [("cft", cft_loss), ("llara", llara_loss),
+                                            ("p5", cetrec_loss), ("e4srec", item_loss)])
+def test_each_method_is_tuned_by_its_own_loss(run_folders, monkeypatch, name, own_loss):
+    losses = []
+    monkeypatch.setattr(llm_baselines, "tune_and_evaluate",
+                        lambda inputs, model, lists, folder, loss=cetrec_loss: losses.append(loss))
+    assert llm_baselines.main(["--method", name, *QUICK, "--out", str(run_folders)]) == 0
+    assert [getattr(loss, "func", loss) for loss in losses] == [own_loss]
 
 
 def test_other_commands_do_not_take_a_baselines_run_for_one_of_cetrecs(run_folders, capsys):
@@ -511,8 +514,12 @@ def test_flags_that_go_with_another_method_end_in_one_line(flags, message, capsy
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-def test_bigrec_is_the_commands_own_path_and_no_method_here(capsys):
+@pytest.mark.parametrize("flags, message", [
+    (["--method", "bigrec"], "invalid choice: 'bigrec'"),       # it is cetrec.py --temporal none
+    (["--temporal", "rope"], "unrecognized arguments: --temporal rope"),
+    (["--resume", "x"], "unrecognized arguments: --resume x"),
+    (["--reproduce", "x"], "unrecognized arguments: --reproduce x")])
+def test_what_this_command_does_not_know_is_refused(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        llm_baselines.main(["--method", "bigrec"])
-    assert stop.value.code == 2 and "invalid choice: 'bigrec'" in capsys.readouterr().err
-    assert method_of("cft", Options.from_flags({}), None).lists is cetrec.title_lists
+        llm_baselines.main(flags)
+    assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 those of peft."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -15,6 +16,16 @@ from lora import (ALL_LINEAR, LoraLinear, add_lora, load_lora, lora_parameters, 
 TOKENS = torch.tensor([[5, 9, 2, 44, 17, 3]])
 
 
+def hidden(llama) -> torch.Tensor:
+    """The hidden states of the tokens."""
+    return llama(llama.embed(TOKENS))[0]
+
+
+def logits(llama) -> torch.Tensor:
+    """The logits of the tokens."""
+    return llama.logits(hidden(llama))
+
+
 def disturb(model) -> None:
     """Give B values, as training would."""
     for p in lora_parameters(model):
@@ -22,11 +33,11 @@ def disturb(model) -> None:
 
 
 def test_lora_output_is_unchanged_before_the_first_step(llama):
-    before = llama(TOKENS)
+    before = hidden(llama)
     add_lora(llama, targets=ALL_LINEAR)
-    assert torch.equal(llama(TOKENS), before)
+    assert torch.equal(hidden(llama), before)
     llama.train()       # dropout acts on the factors' input only, so nothing changes here either
-    assert torch.equal(llama(TOKENS), before)
+    assert torch.equal(hidden(llama), before)
 
 
 def test_a_wrapped_map_by_hand():
@@ -46,7 +57,7 @@ def test_only_factors_are_trained_in_float32_whatever_the_base(llama):
     trained = [p for p in llama.parameters() if p.requires_grad]
     assert {id(p) for p in trained} == {id(p) for p in factors} and len(factors) == 2 * 2 * 2
     assert all(p.dtype == torch.float32 for p in factors)
-    llama(TOKENS).float().sum().backward()
+    hidden(llama).float().sum().backward()
     assert llama.embed_tokens.weight.grad is None
     assert any(p.grad.abs().max() > 0 for p in factors)
 
@@ -54,9 +65,9 @@ def test_only_factors_are_trained_in_float32_whatever_the_base(llama):
 def test_dropout_acts_in_training_only(llama):
     add_lora(llama, dropout=0.5)
     disturb(llama)
-    assert torch.equal(llama(TOKENS), llama(TOKENS))
+    assert torch.equal(hidden(llama), hidden(llama))
     llama.train()
-    assert not torch.equal(llama(TOKENS), llama(TOKENS))
+    assert not torch.equal(hidden(llama), hidden(llama))
 
 
 def test_dropout_zeroes_inputs_of_the_factors_and_scales_the_rest():
@@ -76,36 +87,23 @@ def test_dropout_zeroes_inputs_of_the_factors_and_scales_the_rest():
 
 
 def test_without_factors_the_model_is_its_base_for_a_while(llama):
-    base = llama(TOKENS)
+    base = hidden(llama)
     add_lora(llama)
     disturb(llama)
-    tuned = llama(TOKENS)
+    tuned = hidden(llama)
     with pytest.raises(ZeroDivisionError), without_factors(llama) as model:
-        assert model is llama and torch.equal(llama(TOKENS), base)
+        assert model is llama and torch.equal(hidden(llama), base)
         raise ZeroDivisionError
-    assert torch.equal(llama(TOKENS), tuned) and not torch.equal(tuned, base)
+    assert torch.equal(hidden(llama), tuned) and not torch.equal(tuned, base)
 
 
-def test_rank_stabilised_scaling_by_hand(llama):
-    """α/√R: with R = 4 and α = 6 the factors count 3 instead of 3/2."""
-    for rslora, scale in ((False, 1.5), (True, 3.0)):
-        model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(3, 3, bias=False)})
-        x = torch.randn(3)
-        base = model["q_proj"](x)
-        add_lora(model, rank=4, alpha=6, dropout=0.0, targets=("q_proj",), rslora=rslora)
-        disturb(model)
-        m = model["q_proj"]
-        torch.testing.assert_close(m(x) - base, scale * (m.B @ (m.A @ x)))
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-def test_merging_gives_the_same_logits_and_plain_maps(llama, rslora):
-    add_lora(llama, targets=ALL_LINEAR, rslora=rslora)
+def test_merging_gives_the_same_logits_and_plain_maps(llama):
+    add_lora(llama, targets=ALL_LINEAR)
     disturb(llama)
-    before = llama.logits(llama(TOKENS))
+    before = logits(llama)
     merge_lora(llama)
     assert not any(isinstance(m, LoraLinear) for m in llama.modules())
-    torch.testing.assert_close(llama.logits(llama(TOKENS)), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(llama), before, rtol=1e-5, atol=1e-5)
 
 
 def test_merging_adds_in_float32_before_it_rounds():
@@ -123,11 +121,11 @@ def test_merging_adds_in_float32_before_it_rounds():
 def test_a_saved_adapter_loads_back_exactly_with_its_settings(tmp_path, llama):
     twin = Llama(small_config()).eval()
     twin.load_state_dict(llama.state_dict())
-    add_lora(llama, rank=3, alpha=5.0, dropout=0.1, targets=("k_proj", "down_proj"), rslora=True)
+    add_lora(llama, rank=3, alpha=5.0, dropout=0.1, targets=("k_proj", "down_proj"))
     disturb(llama)
     save_lora(llama, tmp_path)
     load_lora(twin, tmp_path)
-    assert torch.equal(twin(TOKENS), llama(TOKENS))
+    assert torch.equal(hidden(twin), hidden(llama))
     assert twin.layers[0].self_attn.k_proj.config == llama.layers[0].self_attn.k_proj.config
     assert not list(tmp_path.glob("*.part"))
 
@@ -142,23 +140,22 @@ def test_files_have_the_names_peft_reads(tmp_path, llama):
     assert (config["peft_type"], config["r"], config["target_modules"]) == ("LORA", 8, ["q_proj"])
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_peft_computes_the_same_logits(tmp_path, llama, rslora):
+def test_peft_computes_the_same_logits(tmp_path, llama):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     save_llama(llama, tmp_path / "base")
-    add_lora(llama, rank=3, alpha=5.0, targets=ALL_LINEAR, rslora=rslora)
+    add_lora(llama, rank=3, alpha=5.0, targets=ALL_LINEAR)
     disturb(llama)
     save_lora(llama, tmp_path / "adapter", str(tmp_path / "base"))
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter",
                                                            dtype=torch.float32).eval()
     assert isinstance(theirs.base_model.model, transformers.LlamaForCausalLM)
     with torch.no_grad():
-        torch.testing.assert_close(llama.logits(llama(TOKENS)), theirs(TOKENS).logits, rtol=2e-5,
+        torch.testing.assert_close(logits(llama), theirs(TOKENS).logits, rtol=2e-5,
                                    atol=2e-5)
 
 
 @pytest.mark.parametrize("settings", [
-    {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear", "use_rslora": True},
+    {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear"},
     {"target_modules": ["down_proj"], "init_lora_weights": "gaussian"}])
 def test_an_adapter_that_peft_writes_computes_the_same_logits_here(tmp_path, llama, settings):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
@@ -170,21 +167,21 @@ def test_an_adapter_that_peft_writes_computes_the_same_logits_here(tmp_path, lla
         if "lora_" in name:
             p.data += 0.1 * torch.randn_like(p)
     theirs.save_pretrained(tmp_path / "adapter")
-    plain = llama.logits(llama(TOKENS))
+    plain = logits(llama)
     load_lora(llama, tmp_path / "adapter")
     config = next(m.config for m in llama.modules() if isinstance(m, LoraLinear))
     assert (config.rank, config.alpha, config.dropout) == (3, 7, 0.25)
-    assert config.rslora == settings.get("use_rslora", False)
     with torch.no_grad():
-        torch.testing.assert_close(llama.logits(llama(TOKENS)), theirs(TOKENS).logits, rtol=2e-5,
+        torch.testing.assert_close(logits(llama), theirs(TOKENS).logits, rtol=2e-5,
                                    atol=2e-5)
-    assert (llama.logits(llama(TOKENS)) - plain).abs().max() > 1e-2
+    assert (logits(llama) - plain).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"rank": 0}, "rank is 0"), ({"alpha": 0.0}, "alpha is 0.0"), ({"dropout": 1.0},
-                                                                   "dropout is 1.0"),
-    ({"targets": ("q_proj", "wq")}, "targets wq"), ({"targets": ()}, "targets empty"),
+    ({"rank": 0}, "rank is 0"), ({"rank": 8.0}, "rank is 8.0"), ({"alpha": 0.0}, "alpha is 0.0"),
+    ({"dropout": 1.0}, "dropout is 1.0"), ({"dropout": float("nan")}, "dropout is nan"),
+    ({"targets": ("q_proj", "wq")}, "targets is .*'wq'"),
+    ({"targets": ()}, "targets is \\(\\)"), ({"alpha": math.inf}, "alpha is inf"),
 ])
 def test_bad_settings_are_named(llama, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -202,15 +199,14 @@ def test_adding_twice_and_saving_nothing_are_refused(tmp_path, llama):
 @pytest.mark.parametrize("change, message", [
     ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias is 'all'"),
     ({"peft_type": "IA3"}, "'IA3'"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"r": "eight"}, "rank is 'eight'"), ({"lora_alpha": "big"}, "alpha is 'big'"),
-    ({"lora_dropout": None}, "dropout is None"), ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
+    ({"use_rslora": True}, "use_rslora is set"), ({"r": "eight"}, "rank is 'eight'"),
     ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"), ({"alpha_pattern": {"q": 4}}, "alpha_pa"),
     ({"layers_to_transform": [0]}, "layers_to_transform"), ({"fan_in_fan_out": True}, "fan_in"),
     ({"lora_bias": True}, "lora_bias"), ({"a_feature_of_2030": {"x": 1}}, "a_feature_of_2030"),
     ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
     ({"target_modules": ".*_proj"}, "target_modules is '.*_proj'"),
-    ({"target_modules": ["q_proj", "lm_head"]}, "targets lm_head"),
-    ({"target_modules": [["q"]]}, "targets "), ({"target_modules": []}, "targets empty"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "targets is .*lm_head"),
+    ({"target_modules": [["q"]]}, "targets is "), ({"target_modules": []}, "targets is \\(\\)"),
 ])
 def test_adapters_with_features_left_out_are_refused_by_name(tmp_path, llama, change, message):
     add_lora(llama)
@@ -233,7 +229,7 @@ def test_targets_may_be_full_names_as_peft_writes_for_all_linear(tmp_path, llama
     twin.load_state_dict({name: p for name, p in llama.state_dict().items()
                           if not name.endswith((".A", ".B"))})
     load_lora(twin, tmp_path)
-    assert torch.equal(twin(TOKENS), llama(TOKENS))
+    assert torch.equal(hidden(twin), hidden(llama))
     tensors = load_file(tmp_path / "adapter_model.safetensors")        # of one layer only
     save_file({name: t for name, t in tensors.items() if "layers.0" in name},
               tmp_path / "adapter_model.safetensors")
@@ -243,7 +239,9 @@ def test_targets_may_be_full_names_as_peft_writes_for_all_linear(tmp_path, llama
 
 @pytest.mark.parametrize("text, message", [
     ("[]", "adapter_config.json: "), ("{", "adapter_config.json: "),
-    ('{"peft_type": "LORA"}', "'target_modules' is missing")])
+    ('{"peft_type": "LORA"}', "adapter_config.json: 'target_modules' is missing"),
+    ('{"peft_type": "LORA", "target_modules": ["q_proj"], "r": 8, "lora_alpha": "big"}',
+     "adapter_config.json: ")])
 def test_a_damaged_adapter_config_is_one_clear_error(tmp_path, llama, text, message):
     add_lora(llama)
     save_lora(llama, tmp_path)
@@ -254,13 +252,13 @@ def test_a_damaged_adapter_config_is_one_clear_error(tmp_path, llama, text, mess
 
 def test_damaged_factors_are_refused_and_leave_the_model_alone(tmp_path, llama):
     twin = Llama(small_config()).eval()
-    before = twin(TOKENS)
+    before = hidden(twin)
     add_lora(llama)
     lora_parameters(llama)[3].data[0, 0] = float("nan")
     save_lora(llama, tmp_path)
-    with pytest.raises(ValueError, match="v_proj.lora_B.weight holds values that are not finite"):
+    with pytest.raises(ValueError, match="1 tensors .*not finite, e.g. .*v_proj.lora_B.weight"):
         load_lora(twin, tmp_path)
-    assert torch.equal(twin(TOKENS), before) and not lora_parameters(twin)
+    assert torch.equal(hidden(twin), before) and not lora_parameters(twin)
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="adapter_model.safetensors: damaged or truncated"):
@@ -271,14 +269,14 @@ def test_an_adapter_of_another_base_is_refused_and_leaves_the_model_alone(tmp_pa
     add_lora(llama)
     save_lora(llama, tmp_path)
     wider = Llama(small_config(hidden_size=32))
-    before = wider(TOKENS)
+    before = hidden(wider)
     with pytest.raises(ValueError, match="of another shape"):
         load_lora(wider, tmp_path)
-    assert torch.equal(wider(TOKENS), before)
+    assert torch.equal(hidden(wider), before)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     tensors.popitem()
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="1 tensors missing"):
         load_lora(Llama(small_config()), tmp_path)
-    with pytest.raises(FileNotFoundError, match="adapter_config.json: not found"):
+    with pytest.raises(FileNotFoundError, match="No such file.*adapter_config.json"):
         load_lora(Llama(small_config()), tmp_path / "nowhere")

@@ -94,9 +94,9 @@ def test_the_defaults_in_the_help_are_those_of_a_run():
 
 def test_groups_stand_in_the_order_of_the_work_and_only_takes_a_part():
     text = parser().format_help()
-    places = [text.index(f"\n{group}:\n") for group in ("data", "model", "tuning", "evaluation",
+    starts = [text.index(f"\n{group}:\n") for group in ("data", "model", "tuning", "evaluation",
                                                         "run")]
-    assert places == sorted(places)
+    assert starts == sorted(starts)
     ap = argparse.ArgumentParser()
     add_flags(ap, Options, only={"seed", "dtype"})
     assert parse(ap, ["--seed", "2"]) == {"seed": 2}
@@ -129,7 +129,7 @@ def test_a_flag_reaches_its_field_and_no_other(name):
             } - follows == {name} - follows
 
 
-@pytest.mark.parametrize("argv, wanted", [
+@pytest.mark.parametrize("argv, expected", [
     ([], {"model": "tiny", "lora_rank": 16, "lora_alpha": 32.0, "lora_targets": ALL_LINEAR,
           "lr": 4e-3, "batch_size": 64, "epochs": 1, "warmup": 50, "length_penalty": 0.0,
           "sample": 1.0}),
@@ -145,9 +145,9 @@ def test_a_flag_reaches_its_field_and_no_other(name):
     (["--model", "some/base", "--lr", "1"], {"lr": 1.0, "lora_rank": 8}),
     (["--lora-targets", "all-linear"], {"lora_targets": ALL_LINEAR}),
     (["--lists", " exact ,titles"], {"lists": ("exact", "titles")})])
-def test_presets_go_with_the_base_and_the_data(argv, wanted):
+def test_presets_go_with_the_base_and_the_data(argv, expected):
     options = Options.from_flags(flags(*argv))
-    assert {name: getattr(options, name) for name in wanted} == wanted
+    assert {name: getattr(options, name) for name in expected} == expected
 
 
 def test_without_a_temporal_embedding_lambda_is_0_and_a_given_one_is_commented(capsys):
@@ -213,7 +213,7 @@ def test_a_value_that_is_not_a_choice_is_refused_by_the_parser_and_by_the_option
     (["--resume", ""], "argument --resume: got nothing"), (["--lamda-ct", "1"], "unrecognized"),
     (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
     (["--epoch", "3"], "unrecognized arguments: --epoch 3"), (["--decode", "trie"], "unrecognized"),
-    (["--explain", "x"], "unrecognized"), (["--recommend", "x"], "unrecognized")])
+    (["--reproduce", "x"], "unrecognized"), (["--recommend", "x"], "unrecognized")])
 def test_an_unknown_flag_or_an_empty_value_ends_the_program(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         flags(*argv)
@@ -250,10 +250,18 @@ def test_a_record_of_another_version_or_with_a_wrong_value_is_refused():
         Options.from_record(saved | {"epochs": 0})
 
 
+def test_an_adapter_is_bound_to_the_temporal_embedding_and_p_k_has_a_scale_if_it_is_added():
+    """The settings that temporal.json records, besides the digest of the base."""
+    options = Options.from_flags(flags("--temporal", "sinpe", "--sinpe-scale", "0.5"))
+    assert options.adapter_settings() == {"temporal": "sinpe", "index": "order", "scale": 0.5}
+    turned = replace(options, temporal="rope", index="time")
+    assert turned.adapter_settings() == {"temporal": "rope", "index": "time", "scale": 1.0}
+
+
 # ------------------------------------------------------------ How long a run tunes
 
 
-@pytest.mark.parametrize("argv, sequences, wanted", [
+@pytest.mark.parametrize("argv, sequences, expected", [
     # published bases: batches of 64, 3 epochs, at least 300 steps
     ([], 6_400, (300, 20)), ([], 6_401, (303, 20)), ([], 640, (300, 20)), ([], 130, (300, 20)),
     ([], 64_000, (3_000, 20)), ([], 1, (300, 20)),
@@ -264,9 +272,10 @@ def test_a_record_of_another_version_or_with_a_wrong_value_is_refused():
     (["--least-steps", "45"], 640, (50, 5)), (["--least-steps", "0"], 640, (30, 3)),
     (["--batch-size", "10"], 640, (320, 20)), (["--warmup", "4"], 640, (300, 4)),
     (["--warmup", "0"], 640, (300, 0)), (["--warmup", "400"], 64_000, (3_000, 300))])
-def test_epochs_follow_the_number_of_steps_and_warm_up_is_at_most_a_tenth(argv, sequences, wanted):
+def test_epochs_follow_the_number_of_steps_and_warm_up_is_at_most_a_tenth(argv, sequences,
+                                                                          expected):
     options = Options.from_flags(flags("--model", "some/base", *argv))
-    assert options.schedule(sequences) == wanted
+    assert options.schedule(sequences) == expected
 
 
 def test_the_tiny_base_on_small_data_tunes_as_long_as_the_synthetic_world():

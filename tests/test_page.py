@@ -22,8 +22,9 @@ pytest.importorskip("pygments")
 from experiments import page, passages
 from experiments.markup import typeset
 from experiments.page import ROOT, code, markdown_table, source_of
-from experiments.readme import PLACES
 
+PLACES = {"Table 1", *(f"Eq. {number}" for number in range(1, 11)), "§4.3", "§5.1.1", "§5.1.2",
+          "§5.1.4", "§5.4"}
 SMALL = {"limit_train": 64, "max_steps": 4, "batch_size": 16, "eval_sequences": 12}
 
 
@@ -45,7 +46,7 @@ def made(tmp_path_factory):
 def test_every_place_of_the_paper_is_a_passage_with_tests_that_passed(made):
     text = made[0].read_text(encoding="utf-8")
     places = [part.place for part in passages.PASSAGES]
-    assert set(places) == PLACES.keys() - {"§4.2", "§4.4", "§5.1.3"}    # which are in others
+    assert set(places) == PLACES
     assert all(f'<span class="place">{place}</span>' in text for place in places)
     assert page.EXAMPLES.keys() == set(places)
     tests = re.findall(r'<li class="(\w+)"><code>(test_\w+)</code> (\w+)</li>', text)
@@ -104,7 +105,7 @@ def test_numbers_are_those_of_the_run(made):
 def test_worlds_and_effects_of_the_page_by_hand(made):
     scene = made[1]
     t, number = scene.test_set, scene.number
-    history = t.words(t.history(number))
+    history = t.titles_of(t.history(number))
     factual, erased = page.example_worlds(scene).split("<p>The erased one")
     assert re.findall(r'<span class="item"[^>]*>([^<]+)<sub>k=(\d+)</sub>', factual) == [
         (title, str(len(history) - 1 - i)) for i, title in enumerate(history)]
@@ -130,13 +131,19 @@ def torch_cross_entropy(logits, targets):
 # ------------------------------------------------------------ What would break it
 
 
-def test_what_is_gone_is_found(made, monkeypatch):
+def outcome_of_all(beginning: str, outcome: str) -> dict[str, str]:
+    """test -> outcome, for the tests of equations whose names begin so after "test_"."""
+    text = (ROOT / "tests" / "test_equations.py").read_text("utf-8")
+    return dict.fromkeys(re.findall(rf"^def (test_{beginning}\w*)", text, re.M), outcome)
+
+
+def test_what_is_gone_is_found(made):
     scene, part = made[1], passages.PASSAGES[0]
     with pytest.raises(ValueError, match="cetrec.nothing is not in cetrec.py"):
         source_of("cetrec.nothing")
     with pytest.raises(ValueError, match="no tests begin with test_eq99"):
         page.passage(replace(part, tests="eq99"), scene, {})
-    passed = {"test_table1_the_prompt_asks_and_the_quoted_title_answers": "passed"}
+    passed = outcome_of_all("table1", "passed")
     with pytest.raises(ValueError, match="docs/readings.md has no D99"):
         page.passage(replace(part, words="See D99."), scene, passed)
     with pytest.raises(ValueError, match="or they did not run"):
@@ -144,8 +151,8 @@ def test_what_is_gone_is_found(made, monkeypatch):
 
 
 def test_a_test_that_fails_is_shown_as_such(made):
-    passed = {"test_table1_the_prompt_asks_and_the_quoted_title_answers": "failed"}
-    assert '<li class="failed">' in page.passage(passages.PASSAGES[0], made[1], passed)
+    failed = outcome_of_all("table1", "failed")
+    assert '<li class="failed">' in page.passage(passages.PASSAGES[0], made[1], failed)
 
 
 def test_places_in_files_and_small_parts():

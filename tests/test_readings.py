@@ -5,24 +5,32 @@ import math
 
 import numpy as np
 import pytest
-from conftest import small_runs
 import torch
+from conftest import small_runs
 
 import cetrec
-from cetrec import cetrec_loss, erase_order, twin_forward, world_logits
-from data import NO_ITEM, collate, show_prompt
+from cetrec import TemporalLlama, answer_logits, cetrec_loss, erase_order, twin_forward
+from data import IGNORE, NO_ITEM, collate
 from experiments import readings
 from experiments.readings import (READINGS, Chronological, ShuffledText, entropy, erase_to_oldest,
                                   from_the_oldest, permute, probabilities_difference)
+from support.runs import show_prompt
 
 POS = torch.tensor([[NO_ITEM, 2, 2, NO_ITEM, 1, 0, NO_ITEM, NO_ITEM],
                     [NO_ITEM, 3, 2, 1, 1, NO_ITEM, 0, 0]])
 
 
+HISTORIES = [["Heat", "Ran", "Jumanji (1995)"], ["Alien³ (1992)", "Heat (1995)", "Ran", "Heat"]]
+
+
+def batch_of(tokenizer):
+    """The two histories with their answers."""
+    return collate(tokenizer.examples(HISTORIES, ["Toy Story (1995)", "1984 (1984)"]))
+
+
 @pytest.fixture
 def batch(tokenizer):
-    histories = [["Heat", "Ran", "Jumanji (1995)"], ["Alien³ (1992)", "Heat (1995)", "Ran", "Heat"]]
-    return collate(tokenizer.examples(histories, ["Toy Story (1995)", "1984 (1984)"]))
+    return batch_of(tokenizer)
 
 
 def test_positions_from_the_oldest_and_of_the_oldest_by_hand():
@@ -53,30 +61,29 @@ def test_permuting_keeps_items_whole_and_draws_every_order_alike():
 
 def test_a_chronological_index_is_the_same_model_at_other_positions(temporal, batch):
     model = temporal("sinpe")
-    other = Chronological(model.llama, model.kind, model.scale, model.tokenizer)
-    stated = model(batch.tokens, batch.item_pos)
-    torch.testing.assert_close(other(batch.tokens, from_the_oldest(batch.item_pos)), stated)
-    assert not torch.allclose(other(batch.tokens, batch.item_pos), stated, atol=1e-3)
+    other = Chronological(model.llama, model.kind, model.scale)
+    stated, _ = model(batch.tokens, batch.item_pos)
+    torch.testing.assert_close(other(batch.tokens, from_the_oldest(batch.item_pos))[0], stated)
+    assert not torch.allclose(other(batch.tokens, batch.item_pos)[0], stated, atol=1e-3)
     erased = erase_order(batch.item_pos)
-    assert torch.equal(other(batch.tokens, erased), model(batch.tokens, erased))
+    assert torch.equal(other(batch.tokens, erased)[0], model(batch.tokens, erased)[0])
 
 
 def test_shuffled_text_moves_titles_with_their_positions(tokenizer):
-    other = ShuffledText(tokenizer.bpe, tokenizer.eos_ids, tokenizer.bos_id, tokenizer.pad_id)
+    other = ShuffledText(**vars(tokenizer))
     history = ["Ran", "Heat", "Jumanji (1995)", "Alien³ (1992)"]
-    plain, = tokenizer.examples([history], ["Heat"])
-    moved, = other.examples([history], ["Heat"])
-    again, = other.examples([history], ["Heat"])
+    (plain,), (moved,), (again,) = (t.examples([history], ["Heat"]) for t in (tokenizer, other,
+                                                                              other))
     assert moved == again and moved.tokens != plain.tokens
 
-    def told(example):
+    def positions(example):
         """title -> k"""
         marks = show_prompt(tokenizer, example).split("⟨")[1:]
         return {mark.split("⟩")[0]: mark.split("[k=")[1].split(",")[0] for mark in marks}
-    assert told(moved) == told(plain) == dict(zip(history, "3210"))
-    assert list(told(moved)) != list(told(plain))
-    by_clock, = other.examples([history], ["Heat"], ages=[np.array([9.5, 4.0, 2.0, 0.5])])
-    assert told(by_clock) == dict(zip(history, ("9.5", "4", "2", "0.5")))
+    assert positions(moved) == positions(plain) == dict(zip(history, "3210"))
+    assert list(positions(moved)) != list(positions(plain))
+    (by_clock,) = other.examples([history], ["Heat"], ages=[np.array([9.5, 4.0, 2.0, 0.5])])
+    assert positions(by_clock) == dict(zip(history, ("9.5", "4", "2", "0.5")))
 
 
 def test_differences_of_probabilities_and_entropies_by_hand():
@@ -87,10 +94,11 @@ def test_differences_of_probabilities_and_entropies_by_hand():
 
 
 def test_the_stated_reading_is_the_loss_of_cetrec(temporal, batch):
-    model = READINGS["stated"].wrap(temporal("rope"), ())
-    for ours, theirs in zip(READINGS["stated"](model, batch, 0.3), cetrec_loss(model, batch, 0.3)):
+    model, stated = temporal("rope"), READINGS["stated"]
+    for ours, theirs in zip(stated.loss(model, batch, 0.3), cetrec_loss(model, batch, 0.3)):
         assert torch.equal(ours, theirs)
-    assert torch.equal(READINGS["stopped"](model, batch, 0)[0], cetrec_loss(model, batch, 0)[0])
+    assert torch.equal(READINGS["stopped"].loss(model, batch, 0)[0],
+                       cetrec_loss(model, batch, 0)[0])
 
 
 def test_a_stopped_effect_has_the_same_value_and_no_gradient_through_the_erased_world(temporal,
@@ -99,7 +107,7 @@ def test_a_stopped_effect_has_the_same_value_and_no_gradient_through_the_erased_
     values, gradients = [], []
     for name in ("stated", "stopped"):
         model.zero_grad()
-        loss_ct = READINGS[name](model, batch, 1.0)[2]
+        loss_ct = READINGS[name].loss(model, batch, 1.0)[2]
         loss_ct.backward()
         values.append(loss_ct.detach())
         gradients.append(model.llama.embed_tokens.weight.grad.clone())
@@ -107,24 +115,22 @@ def test_a_stopped_effect_has_the_same_value_and_no_gradient_through_the_erased_
     model.zero_grad()
     logits_f, logits_cf = twin_forward(model, batch)
     p = (logits_f - logits_cf).softmax(-1).detach()
-    p[torch.arange(len(p)), batch.targets] -= 1             # ∂ CE / ∂ effect, by hand
+    targets = batch.answers[batch.answers != IGNORE]
+    p[torch.arange(len(p)), targets] -= 1                   # ∂ CE / ∂ effect, by hand
     (logits_f * p / len(p)).sum().backward()
     torch.testing.assert_close(gradients[1], model.llama.embed_tokens.weight.grad)
     assert not torch.allclose(*gradients, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in READINGS if name != "stated"])
-def test_every_reading_is_another_one(temporal, batch, name):
-    torch.manual_seed(0)
-    stated, other = (READINGS[n].wrap(temporal("rope"), ()) for n in ("stated", name))
-    histories = [["Heat", "Ran", "Jumanji (1995)"], ["Alien³ (1992)", "Heat (1995)", "Ran", "Heat"]]
-    losses = [READINGS[n](model, collate(model.tokenizer.examples(
-        histories, ["Toy Story (1995)", "1984 (1984)"])), 0.5)
-        for n, model in (("stated", stated), (name, other))]
-    if name == "stopped":                                   # which differs in its gradient alone
-        return
+@pytest.mark.parametrize("name", [name for name in READINGS if name not in ("stated", "stopped")])
+def test_every_reading_is_another_one(temporal, tokenizer, name):
+    """Except "stopped", which differs in its gradient alone."""
+    losses, llama = [], temporal("rope").llama
+    for reading in (READINGS["stated"], READINGS[name]):
+        losses.append(reading.loss(reading.model(llama, "rope"),
+                                   batch_of(reading.tokenizer(**vars(tokenizer))), 0.5))
     assert not torch.allclose(losses[0][2], losses[1][2], rtol=1e-5)
-    same_world = READINGS[name].llama is cetrec.TemporalLlama and "text" not in name
+    same_world = READINGS[name].model is TemporalLlama and "text" not in name
     assert torch.equal(losses[0][1], losses[1][1]) == same_world
 
 
@@ -150,14 +156,21 @@ def test_the_command_under_the_stated_reading_does_what_cetrec_does(small):
     assert all(0 < note[w] < math.log(vocabulary) for note in notes for w in ("factual", "erased"))
 
 
-def test_the_command_evaluates_what_it_tuned(small):
-    """Lists, too, see the index and the text of the reading, in beams that share a cache."""
+def test_the_command_tunes_and_evaluates_under_the_reading(small):
+    """A rate of 0 leaves the base as it is, so all differences come from index and text."""
     flags, out = small
-    assert readings.main([*flags, "--reading", "chronological", "--lists", "exact"]) == 0
-    assert readings.main([*flags, "--reading", "shuffled-text", "--lists", "beams,titles"]) == 0
-    assert (out / "synthetic-chronological-1" / "worlds.json").is_file()
-    assert json.loads((out / "synthetic-shuffled-text-1" / "run.json").read_text())["method"] == (
-        "shuffled-text")
+    losses, tables = [], []
+    for name, folder in (("stated", "rope-*"), ("chronological", "chronological-1"),
+                         ("shuffled-text", "shuffled-text-1")):
+        assert readings.main([*flags, "--lr", "0", "--max-steps", "1", "--reading", name]) == 0
+        run = max(out.glob(f"synthetic-{folder}"))
+        record = json.loads((run / "run.json").read_text())
+        assert record["method"] == ("cetrec" if name == "stated" else name)
+        assert (run / "worlds.json").is_file()
+        losses.append(json.loads((run / "log.jsonl").read_text().splitlines()[0])["loss_ta"])
+        tables += [record["rows"][row] for row in ("10 beams on titles", "5 beams, grounded")]
+    assert len(set(losses)) == 3
+    assert len({str(row) for row in tables}) == 6
 
 
 def test_one_world_has_no_reading(small, capsys):
@@ -170,7 +183,7 @@ def test_one_world_has_no_reading(small, capsys):
 def test_worlds_are_apart_in_one_pass(temporal, batch):
     """What a reading erases has no effect on the factual world beside it."""
     model = temporal("rope")
-    alone, = world_logits(model, batch, batch.item_pos)
+    alone = answer_logits(model, batch, batch.item_pos)
     for erase in (erase_to_oldest, permute):
-        together, _ = world_logits(model, batch, batch.item_pos, erase(batch.item_pos))
-        torch.testing.assert_close(together, alone)
+        worlds = torch.cat((batch.item_pos, erase(batch.item_pos)))
+        torch.testing.assert_close(answer_logits(model, batch, worlds).chunk(2)[0], alone)

@@ -1,57 +1,68 @@
-"""experiments/readme.py: the paper has code and tests in every place, and pages are up to date."""
+"""README and docs: the map leads to code and tests that exist, and made parts are up to date."""
 
 import ast
 import json
+import re
 
 import pytest
 
+import cetrec
+import data
+import evaluate
+import llama
+import lora
 from experiments import readme
-from experiments.readme import PLACES, code_of_places, pages, places_in, names_of_tests, with_parts
+from experiments.readme import names_of_tests, pages, with_parts
 from experiments.reproduce import ABLATION
 from support.options import Options, as_flag
 
-
-def test_places_of_the_paper_are_read_in_all_their_forms():
-    assert places_in("Eq. 9, which is Eq. 1 in §4.4.") == {"Eq. 9", "Eq. 1", "§4.4"}
-    assert places_in("Eqs. 3 to 5 and Eq. 7, 8 (§5.1.2, §4.2.1)") == {
-        "Eq. 3", "Eq. 4", "Eq. 5", "Eq. 7", "Eq. 8", "§5.1.2", "§4.2"}
-    assert places_in("Eq. 3 and 10; Table 1; D3, 1 to 2, Fig. 4, §3.2") == {
-        "Eq. 3", "Eq. 10", "Table 1"}
+MODULES = {module.__name__: module for module in (cetrec, data, evaluate, llama, lora)}
+README = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+MAP = re.findall(r"^\| ((?:Eq\.|§|Table)[^|]*) \| [^|]* \| ([^|]*) \|$", README, re.MULTILINE)
 
 
-def test_docstrings_lead_from_places_to_functions_classes_and_methods():
-    source = '"""Eq. 1"""\ndef f():\n    """Eq. 2."""\nclass A:\n    """Eq. 2 to 3"""\n' \
-             '    def g(self):\n        """§4.3"""\n'
-    assert code_of_places({"m": source}) == {"Eq. 2": ["m.f", "m.A"], "Eq. 3": ["m.A"],
-                                             "§4.3": ["m.A.g"]}
+def beginnings(place: str) -> list[str]:
+    """How names of tests begin: "Eq. 3, 4" -> eq03, eq04; "§5.1.2" -> sec5_1_2; Table 1 -> table1.
+    """
+    if place.startswith("§"):
+        return ["sec" + place[1:].replace(".", "_")]
+    if place.startswith("Table"):
+        return ["table" + place.split()[1]]
+    return [f"eq{int(number):02}" for number in re.findall(r"\d+", place)]
+
+
+def equation_tests() -> list[str]:
+    source = (readme.ROOT / "tests" / "test_equations.py").read_text("utf-8")
+    return [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)
+            and node.name.startswith("test_")]
+
+
+def test_the_map_has_all_equations():
+    rows = [beginning for place, _ in MAP for beginning in beginnings(place)]
+    assert len(MAP) >= 14 and {f"eq{n:02}" for n in range(1, 11)} < set(rows)
+
+
+@pytest.mark.parametrize("place, code", MAP)
+def test_every_row_of_the_map_leads_to_code_that_exists_and_to_tests(place, code):
+    names = re.findall(r"`(\w+)\.(\w+)`", code)
+    assert names and all(hasattr(MODULES[module], name) for module, name in names)
+    for beginning in beginnings(place):
+        assert any(name.startswith(f"test_{beginning}_") for name in equation_tests())
+
+
+def test_every_test_of_an_equation_belongs_to_a_row():
+    starts = tuple(f"test_{beginning}_" for place, _ in MAP for beginning in beginnings(place))
+    assert all(name.startswith(starts) for name in equation_tests())
+
+
+def test_names_of_tests_are_found_by_their_beginning():
     tests = "def test_eq01_a():\n    def test_eq01_b(): 0\ndef test_eq010(): 0"
     assert names_of_tests("eq01", tests) == ["test_eq01_a", "test_eq010"]
 
 
-def test_every_place_of_the_paper_has_a_function_and_a_test():
-    wanted = {f"Eq. {n}" for n in range(1, 11)} | {
-        "Table 1", "§4.2", "§4.3", "§4.4", "§5.1.1", "§5.1.2", "§5.1.3", "§5.1.4", "§5.4"}
-    assert PLACES.keys() == wanted
-    lines = readme.paper_map()
-    assert len(lines) == 2 + len(wanted)
-    (eq03,) = (line for line in lines if line.startswith("| Eq. 3 "))
-    assert "`cetrec.sinusoidal`" in eq03 and "`test_eq03…`" in eq03
-
-
-@pytest.mark.parametrize("place, beginning", [("Eq. 11", "eq01"), ("Eq. 1", "eq11")])
-def test_a_place_without_code_or_test_is_found(monkeypatch, place, beginning):
-    monkeypatch.setitem(PLACES, place, ("what", beginning))
-    with pytest.raises(ValueError, match=f"{place} has no function, or no test"):
-        readme.paper_map()
-
-
-def test_all_names_of_tests_equations_belong_to_a_place():
-    source = (readme.ROOT / "tests" / "test_equations.py").read_text("utf-8")
-    names = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)
-             and node.name.startswith("test_")]
-    assert len(names) > 30
-    for name in names:
-        assert any(name.startswith(f"test_{beginning}") for _, beginning in PLACES.values()), name
+def test_readme_is_at_most_150_lines_of_100_columns():
+    lines = README.splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
@@ -65,7 +76,7 @@ def test_made_parts_are_up_to_date(path):
 def test_the_pages_have_the_parts_that_readers_look_for():
     made = {path.name: {match["name"] for match in readme.PART.finditer(path.read_text("utf-8"))}
             for path in pages()}
-    assert made["README.md"] == {"map", "first-run", "results"}
+    assert made["README.md"] == {"first-run", "results"}
     assert made["flags.md"] == {"flags"}
     assert any(name.startswith("TABLE4") for name in made["results.md"])
 
@@ -90,7 +101,7 @@ def test_the_parts_of_a_page_are_made_anew_and_nothing_else(monkeypatch, tmp_pat
         json.dumps({"row": row} | entry) + "\n" for row in ABLATION))
     for name, wanted in (
             ("results",
-             f"| x, HR@10 |{' 0.250 |' * 6}\n| x, NDCG@10 reversed, % |{' +0 |' * 5}  |"),
+             "| HR@10 | x |\n|---|---|\n| w.o. Both | 0.250 |\n"),
             ("TABLE4-x", f"| w.o. Both | 10 beams on titles |{' 0.2500 |' * 4}"),
             ("FIGURE4-x", f"| w.o. Both | 10 beams on titles |{' +0.2 |' * 4}")):
         page = f"before\n<!-- made: {name} -->\nold\n<!-- end -->\nafter\n"
@@ -111,7 +122,6 @@ def test_the_first_run_is_shortened_to_its_best_lines(monkeypatch, tmp_path):
         "beams 1\n  reversed 2\n  change, reversed 3\n  shuffled 4\n  change, shuffled 5\n"
         "popularity 6\nco-occurrence, newest item 7\nco-occurrence, whole history 8\neffect 9\n"
         "written x\n")
-    lines = readme.first_run()
-    assert lines[1] == "data synthetic | 1" and lines[3:-1] == [
-        "step 2/2", "epoch 1 | v", "9 test sequences, 3", "HR@5", "beams 1", "  change, reversed 3",
-        "popularity 6", "co-occurrence, newest item 7", "effect 9"]
+    assert readme.first_run()[1:-1] == [
+        "9 test sequences, 3", "HR@5", "beams 1", "  change, reversed 3", "popularity 6",
+        "co-occurrence, newest item 7", "effect 9"]

@@ -1,6 +1,10 @@
-"""experiments/reproduce.py: tables by hand, cells made once, records that verify."""
+"""experiments/reproduce.py: tables by hand, cells run once, records and runs that are verified."""
 
 import json
+import math
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from conftest import small_runs
 import cetrec
 from experiments import figures, reproduce
 from experiments.report import Run
+from support.files import read_object, write_json
 
 SMALL = ["--max-steps", "2", "--limit-train", "64", "--eval-sequences", "8", "--dtype", "float32"]
 
@@ -19,8 +24,8 @@ def record(seed: int, first: float, effect=()) -> dict:
     return {"seed": seed, "protocol": "8 test sequences", "effect": list(effect), "seconds": 1.0,
             "validation_ta": 0.5 + seed, "worlds": {}, "rows": {
                 "beams": metrics, "popularity": [[0.01 * seed, 0.0]] * 4,
-                **{f"beams | change, {how}": [[-10.0 * i - seed, 1.0] for i in range(4)]
-                   for how in ("reversed", "shuffled")},
+                **{f"beams | change, {order}": [[-10.0 * i - seed, 1.0] for i in range(4)]
+                   for order in ("reversed", "shuffled")},
                 "best, order-aware": [[0.5, 0.0]] * 4,
                 "best, order-aware | reversed": [[0.4 - 0.1 * seed, 0.0]] * 4}}
 
@@ -40,7 +45,7 @@ def test_a_table_is_mean_and_deviation_over_seeds_by_hand():
     assert one[2].startswith("| A | beams | 0.1000 | 0.2000 |")
 
 
-def test_worlds_are_told_where_they_were_noted(tmp_path):
+def test_worlds_are_in_the_table_where_they_were_noted(tmp_path):
     (tmp_path / "worlds.json").write_text(json.dumps({"notes": [
         {"factual": float(i), "erased": 5.0, "loss_ta": 1.0, "loss_ct": 2.0} for i in range(40)]}))
     worlds = reproduce.worlds_by_share(tmp_path / "worlds.json")
@@ -54,29 +59,34 @@ def test_worlds_are_told_where_they_were_noted(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The folder below which TABLE4 was made, twice, with two rows and two seeds."""
-    out = tmp_path_factory.mktemp("reproduce")
+def small():
+    """Runs are quick."""
     with small_runs() as patch:
-        rows = {"w.o. Both": reproduce.PLAIN, "stated": ["--reading", "stopped", *reproduce.STATED]}
-        for target in ("TABLE4", "FIGURE4", "FIGURE5", "READINGS"):
-            patch.setitem(reproduce.TARGETS, target, lambda: [("Title", rows)])
-        patch.setattr(reproduce, "RESULTS", out / "reproduce")
-        given = [*SMALL, "--seeds", "0", "1", "--out", str(out)]
-        assert reproduce.main(["TABLE4", *given]) == 0
-        before = {p: p.stat().st_mtime_ns for p in (out / "reproduce").glob("*/run.json")}
-        for target in ("TABLE4", "FIGURE4", "FIGURE5", "READINGS"):
-            assert reproduce.main([target, *given]) == 0
-        assert {p: p.stat().st_mtime_ns for p in (out / "reproduce").glob("*/run.json")} == before
-        assert len(before) == 4
-        yield out
+        yield patch
 
 
-def test_cells_are_made_once_and_tables_hold_what_they_found(made):
-    folder = made / "reproduce"
-    text = (folder / "TABLE4-synthetic-64.md").read_text()
+@pytest.fixture(scope="module")
+def tables(small, tmp_path_factory):
+    """The folder with the tables of two rows and two seeds, which were all asked for twice."""
+    out = tmp_path_factory.mktemp("reproduce")
+    rows = {"w.o. Both": reproduce.PLAIN, "stated": ["--reading", "stopped", *reproduce.STATED]}
+    for target in ("TABLE4", "FIGURE4", "FIGURE5", "READINGS"):
+        small.setitem(reproduce.TARGETS, target, lambda: [("Title", rows)])
+    small.setattr(reproduce, "RESULTS", out / "reproduce")
+    flags = [*SMALL, "--seeds", "0", "1", "--out", str(out)]
+    assert reproduce.main(["TABLE4", *flags]) == 0
+    before = {p: p.stat().st_mtime_ns for p in (out / "reproduce").glob("*/run.json")}
+    for target in ("TABLE4", "FIGURE4", "FIGURE5", "READINGS"):
+        assert reproduce.main([target, *flags]) == 0
+    assert {p: p.stat().st_mtime_ns for p in (out / "reproduce").glob("*/run.json")} == before
+    assert len(before) == 4
+    return out / "reproduce"
+
+
+def test_cells_are_run_once_and_tables_hold_what_they_found(tables):
+    text = (tables / "TABLE4-synthetic-64.md").read_text()
     runs = {(json.loads(p.read_text())["method"], json.loads(p.read_text())["options"]["seed"]):
-            Run.from_folder(p.parent) for p in folder.glob("*/run.json")}
+            Run.from_folder(p.parent) for p in tables.glob("*/run.json")}
     plain, other = ([runs[method, seed] for seed in (0, 1)] for method in ("cetrec", "stopped"))
     hits = [run.record["rows"]["10 beams on titles"]["HR@10"][0] for run in other]
     row = next(x for x in text.splitlines() if x.startswith("| stated | 10 beams"))
@@ -88,29 +98,28 @@ def test_cells_are_made_once_and_tables_hold_what_they_found(made):
     for cell, gain in zip(paired.split(" | ")[2:], gains.mean(axis=0)):
         assert cell.startswith(f"{gain:+.4f} [")
     assert "8 test sequences" in text and "seeds 0, 1" in text
-    rates = (folder / "FIGURE4-synthetic-64.md").read_text()
+    rates = (tables / "FIGURE4-synthetic-64.md").read_text()
     assert "minus" not in rates and "| w.o. Both | 5 beams, grounded | " in rates
 
 
-def test_kept_records_make_the_same_tables_and_name_no_place(made, capsys):
+def test_kept_records_make_the_same_tables_and_name_no_folder(tables, capsys):
     for target in ("TABLE4", "FIGURE4"):        # which have the same records
         name = f"{target}-synthetic-64"
-        (made / "reproduce" / "FIGURE4-synthetic-64.jsonl").unlink(missing_ok=True)
+        (tables / "FIGURE4-synthetic-64.jsonl").unlink(missing_ok=True)
         assert reproduce.main([target, "--recorded", "--limit-train", "64",
-                               "--out", str(made)]) == 0
+                               "--out", str(tables.parent)]) == 0
         printed = capsys.readouterr().out
-        assert printed == (made / "reproduce" / f"{name}.md").read_text()
-    kept = (made / "reproduce" / "TABLE4-synthetic-64.jsonl").read_text()
-    assert str(made) not in kept and kept.count('"row"') == 4
+        assert printed == (tables / f"{name}.md").read_text()
+    kept = (tables / "TABLE4-synthetic-64.jsonl").read_text()
+    assert str(tables) not in kept and kept.count('"row"') == 4
     assert "float32" not in kept and '"limit_train": 64' in kept
 
 
-def test_records_are_verified_by_running_again(made, tmp_path, monkeypatch, capsys):
+def test_records_are_verified_by_running_again(tables, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
-    lines = [json.loads(line) for line in (made / "reproduce" / "TABLE4-synthetic-64.jsonl")
+    lines = [json.loads(line) for line in (tables / "TABLE4-synthetic-64.jsonl")
              .read_text().splitlines()]
-    told = {"": 0, "0.01": 0, "3.5": 2}
-    for shift, status in told.items():
+    for shift, status in (("", 0), ("0.01", 0), ("3.5", 2)):
         if shift:
             for x in (x for x in lines if "row" in x):
                 mean, error = x["rows"]["popularity"][2]
@@ -126,11 +135,11 @@ def test_records_are_verified_by_running_again(made, tmp_path, monkeypatch, caps
         assert ("not found again" in printed) == (status == 2)
 
 
-def test_figures_are_drawn_where_there_is_something_to_draw(made):
+def test_figures_are_drawn_where_there_is_something_to_draw(tables):
     pytest.importorskip("matplotlib")
     for target in ("FIGURE4", "FIGURE5", "READINGS"):
-        assert (made / "reproduce" / f"{target}-synthetic-64.svg").stat().st_size > 5_000
-    assert not (made / "reproduce" / "TABLE4-synthetic-64.svg").exists()
+        assert (tables / f"{target}-synthetic-64.svg").stat().st_size > 5_000
+    assert not (tables / "TABLE4-synthetic-64.svg").exists()
     assert figures.entropy_curves({}, 300) is None
 
 
@@ -149,13 +158,12 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys):
             (["--verify", "0"], "--verify 0: wanted a number of cells, from 1 on")):
         assert reproduce.main(["TABLE4", *flags]) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main(["TABLE5"])
-    assert stop.value.code == 2 and "invalid choice: 'TABLE5'" in capsys.readouterr().err
+    assert reproduce.main(["TABLE5"]) == 2
+    assert "TABLE5: neither one of TABLE4, FIGURE4, " in capsys.readouterr().err
 
 
 def test_records_are_named_by_target_data_and_base():
-    assert [reproduce.name_of("TABLE4", given) for given in (
+    assert [reproduce.name_of("TABLE4", flags) for flags in (
         {}, {"data": "a/ml-100k", "lr": 1.0}, {"model": "x/smollm2", "limit_train": 960},
         {"data": "lastfm", "chronological": True})] == [
         "TABLE4-synthetic", "TABLE4-ml-100k", "TABLE4-synthetic-960-smollm2",
@@ -164,22 +172,134 @@ def test_records_are_named_by_target_data_and_base():
         "TABLE4-synthetic")                 # flags that say what is so without them
 
 
-def test_what_a_row_says_counts_more_than_what_is_given():
+def test_what_a_row_says_counts_more_than_the_flags():
     row = reproduce.PREMISE["before tuning"]
-    assert reproduce.flags_of(row, 1, {"lr": 0.5, "max_steps": 9, "chronological": True}) == (
+    assert reproduce.command_of(row, 1, {"lr": 0.5, "max_steps": 9, "chronological": True}) == (
         cetrec.main, [*row, "--chronological", "--seed", "1"])
 
 
-@pytest.mark.parametrize("target", reproduce.TARGETS)
-def test_every_row_of_every_target_has_flags_that_its_command_takes(target):
-    sections = list(reproduce.TARGETS[target]())
+@pytest.mark.parametrize("sections", reproduce.TARGETS.values(), ids=reproduce.TARGETS.keys())
+def test_every_row_of_every_target_has_flags_that_its_command_takes(sections):
+    sections = list(sections())
     lines = []
     for _, rows in sections:
         for row in rows.values():
-            command, flags = reproduce.flags_of(row, 3, {"data": "synthetic"})
+            command, argv = reproduce.command_of(row, 3, {"data": "synthetic"})
             with pytest.raises(SystemExit) as stop:
-                command([*flags, "--help"])
-            assert stop.value.code == 0 and flags[-2:] == ["--seed", "3"]
-            lines.append(" ".join(flags))
+                command([*argv, "--help"])
+            assert stop.value.code == 0 and argv[-2:] == ["--seed", "3"]
+            lines.append(" ".join(argv))
     assert len(set(lines)) == len(lines)                        # no cell is asked for twice
     assert len({title for title, _ in sections}) == len(sections)
+
+
+# ------------------------------------------------------------ One run, done again
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """A run of two steps with its base beside it."""
+    out = tmp_path_factory.mktemp("finished")
+    assert cetrec.main([*SMALL, "--batch-size", "16", "--out", str(out)]) == 0
+    return out / "synthetic-rope-1"
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of that run and of its base, for tests that change it."""
+    shutil.copytree(finished.parent, tmp_path / "runs")
+    return tmp_path / "runs" / finished.name
+
+
+def change_record(folder: Path, **changes) -> None:
+    """Write these parts of run.json anew; None takes one away."""
+    record = read_object(folder / "run.json") | changes
+    write_json(folder / "run.json", {key: x for key, x in record.items() if x is not None})
+
+
+def test_a_run_is_done_again_beside_it_and_is_the_same_to_the_last_digit(copied, capsys):
+    assert reproduce.main([str(copied)]) == 0
+    text, again = capsys.readouterr().out, copied.parent / "synthetic-rope-2"
+    assert "tiny base | step" not in text               # it lies there
+    assert f"{copied} and {again}, which does it again:\n" in text
+    assert re.search(r"\d+ losses \| all the same, to the last digit\n  \d+ metrics \| all the "
+                     "same, to the last digit\n$", text)
+    first, second = (read_object(run / "run.json") for run in (copied, again))
+    for part in ("options", "settings", "rows", "effect", "counts", "base"):
+        assert first[part] == second[part], part
+
+
+def test_a_tiny_base_is_made_again_where_there_is_none(copied, tmp_path, capsys):
+    assert reproduce.main([str(copied), "--out", str(tmp_path / "elsewhere")]) == 0
+    text = capsys.readouterr().out
+    assert "tiny base | step" in text and text.count("all the same, to the last digit") == 2
+    assert (tmp_path / "elsewhere" / "synthetic-rope-1" / "run.json").is_file()
+
+
+def test_a_base_that_has_moved_is_named_and_must_be_the_same(copied, tmp_path, capsys):
+    (base,) = copied.parent.glob("tiny-*")
+    moved = base.rename(tmp_path / "moved")
+    assert reproduce.main([str(copied), "--model", str(moved)]) == 0
+    text = capsys.readouterr().out
+    assert "tiny base | step" not in text and text.count("all the same, to the last digit") == 2
+    settings = read_object(copied / "run.json")["settings"]
+    change_record(copied, settings=settings | {"base": "0123"})
+    assert reproduce.main([str(copied), "--model", str(moved)]) == 2
+    assert "settings of the run, {'base': '0123'}, is now {'base': " in capsys.readouterr().err
+
+
+def test_other_data_are_refused_before_a_base_is_made(copied, tmp_path, capsys):
+    counts = read_object(copied / "run.json")["counts"]
+    change_record(copied, counts=counts | {"train": 65})
+    assert reproduce.main([str(copied), "--out", str(tmp_path / "elsewhere")]) == 2
+    assert "counts of the run, {'train': 65}, is now {'train': 64}" in capsys.readouterr().err
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"rows": None}, "this run is not complete; python cetrec.py --resume "),
+    ({"method": "p5"}, "a run of p5; only those of cetrec.py are done again"),
+    ({"options": None}, "not the record of a run of this version")])
+def test_a_run_that_cannot_be_done_again_is_refused_in_one_line(copied, capsys, changes, message):
+    change_record(copied, **changes)
+    assert reproduce.main([str(copied)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert [p.name for p in copied.parent.glob("synthetic-*")] == [copied.name]
+
+
+@pytest.mark.parametrize("flags", [["--lr", "1"], ["--seeds", "1"], ["--verify"], ["--recorded"],
+                                   ["--dtype", "bfloat16"], ["--lists", "exact"]])
+def test_a_run_is_done_again_with_its_own_options(finished, capsys, flags):
+    assert reproduce.main([str(finished), *flags]) == 2
+    assert f"that does not go with {flags[0]}\n" in capsys.readouterr().err
+
+
+def write_run(folder: Path, losses: list[float], metric: float) -> Path:
+    """What differences reads of a run: losses of its steps, and one metric."""
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": x, "ms": x}) + "\n"
+                                              for i, x in enumerate(losses, start=1)))
+    write_json(folder / "run.json", {"rows": {"popularity": {"HR@5": [metric, 0.1],
+                                                             "HR@10": [0.5, 0.1]}}})
+    return folder
+
+
+def test_the_largest_differences_of_two_runs_by_hand(tmp_path):
+    run, same, other, shorter = (write_run(tmp_path / name, losses, metric) for name, losses, metric
+                                 in (("run", [3.0, 2.0, 1.5], math.nan),
+                                     ("same", [3.0, 2.0, 1.5], math.nan),
+                                     ("other", [3.25, 1.5, 1.5], 0.25), ("shorter", [3.0], 0.25)))
+    assert reproduce.differences(run, same).splitlines()[1:] == [
+        "  3 losses | all the same, to the last digit",
+        "  2 metrics | all the same, to the last digit"]
+    assert reproduce.differences(other, run).splitlines()[1] == (
+        "  3 losses | the largest difference is 0.5, of loss at 2")
+    assert reproduce.differences(shorter, other).splitlines()[1:] == [
+        "  3 losses | the largest difference is inf, of loss at 2",
+        "  2 metrics | all the same, to the last digit"]
+    write_json(run / "run.json", {"rows": {"popularity": {"HR@5": [0.5, 0.1],
+                                                          "HR@10": [0.75, 0.1]}}})
+    assert reproduce.differences(run, other).splitlines()[2] in (
+        "  2 metrics | the largest difference is 0.25, of HR@5 at popularity",
+        "  2 metrics | the largest difference is 0.25, of HR@10 at popularity")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import resource
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,12 @@ import torch
 from safetensors.numpy import load_file
 
 from conftest import small_config
-from data import IGNORE, NO_ITEM, Batch
+from data import NO_ITEM, Batch
 from support.files import save_arrays, write_json
+from support.memory import peak_memory, rows_that_fit
 from support.options import Options
-from support.runs import (check_same, check_writable, choose_device, new_folder, next_commands,
-                          open_data, peak_memory, read_run, rows_that_fit)
+from support.runs import (check_same, check_writable, choose_device, new_folder, open_data,
+                          read_run)
 from support.synthetic import SyntheticWorld
 
 # ------------------------------------------------------------ The command and its folders
@@ -52,9 +52,9 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
 
 def test_a_new_folder_has_the_next_free_number(tmp_path):
     (tmp_path / "run-2").write_text("in the way")
-    made = [new_folder(tmp_path, "run") for _ in range(3)]
-    assert [folder.name for folder in made] == ["run-1", "run-3", "run-4"]
-    assert all(folder.is_dir() for folder in made)
+    folders = [new_folder(tmp_path, "run") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["run-1", "run-3", "run-4"]
+    assert all(folder.is_dir() for folder in folders)
 
 
 def test_where_nothing_can_be_written_is_known_before_any_work(tmp_path):
@@ -65,15 +65,6 @@ def test_where_nothing_can_be_written_is_known_before_any_work(tmp_path):
         check_writable(tmp_path / "file")
     with pytest.raises(ValueError, match="cannot write there"):
         check_writable(tmp_path / "file" / "below")
-
-
-def test_the_next_commands_can_be_pasted_into_a_shell(tmp_path):
-    """Each line is a command and a comment; the title stays one word whatever is in it."""
-    lines = next_commands(Path("my runs/a-1"), 'Say "Cheese", $5 \'Now').splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    assert [w[:4] for w in words] == [["python", "-m", f"experiments.{name}", "my runs/a-1"]
-                                      for name in ("report", "explain", "recommend")]
-    assert words[2][4:] == ['Say "Cheese", $5 \'Now'] and words[1][4:] == ["0"]
 
 
 # ------------------------------------------------------------ Going on with a run
@@ -104,14 +95,14 @@ def test_a_run_gives_its_options_and_the_base_beside_it(tmp_path):
 def test_a_base_that_is_not_tiny_is_where_the_record_says_or_found_again(tmp_path, monkeypatch):
     base = tmp_path / "Llama"
     base.mkdir()
-    options = make_run(tmp_path / "run", str(base), rows={}, given={"model": "meta/Llama"})
+    options = make_run(tmp_path / "run", str(base), rows={}, flags={"model": "meta/Llama"})
     assert read_run(tmp_path / "run", {}) == (options, base)
     base.rmdir()                        # the Hub's cache was emptied: it is fetched once more
     monkeypatch.setattr("support.runs.find_checkpoint", lambda name: {"meta/Llama": tmp_path}[name])
     assert read_run(tmp_path / "run", {}) == (options, tmp_path)
 
 
-@pytest.mark.parametrize("given, flag, message", [
+@pytest.mark.parametrize("flags, flag, message", [
     ({"lr": 1.0, "epochs": 2}, "--eval-only", "--eval-only takes data, base and tuning from the "
      "run; it does not go with --epochs, --lr"),
     ({"beams": 3}, "--resume", "--resume takes data, base and tuning from the run; it does not go "
@@ -123,15 +114,15 @@ def test_a_base_that_is_not_tiny_is_where_the_record_says_or_found_again(tmp_pat
     ({"model": "nowhere"}, "--eval-only", "nowhere: not found, but the run was tuned on this base; "
      "if it has moved, say where with --model"),
     ({}, "--resume", "run: this run is complete; --eval-only evaluates it again")])
-def test_what_does_not_go_with_a_run_is_refused(tmp_path, given, flag, message):
+def test_what_does_not_go_with_a_run_is_refused(tmp_path, flags, flag, message):
     make_run(tmp_path / "run", rows={})
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        read_run(tmp_path / "run", given, flag)
+        read_run(tmp_path / "run", flags, flag)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_data_dir_is_refused_where_the_data_of_the_run_are_not_public(tmp_path):
-    make_run(tmp_path / "run", rows={}, given={"data": "mine"})
+    make_run(tmp_path / "run", rows={}, flags={"data": "mine"})
     with pytest.raises(ValueError, match="--data-dir goes with a public data set"):
         read_run(tmp_path / "run", {"data_dir": "x"})
 
@@ -244,7 +235,7 @@ def test_open_data_counts_the_steps_and_names_the_papers_counts(tmp_path, capsys
     assert record["checksums"]["ratings.dat"] == digest
 
 
-@pytest.mark.parametrize("cuda, half, mps, device, dtype, wanted", [
+@pytest.mark.parametrize("cuda, half, mps, device, dtype, expected", [
     (False, False, False, "auto", "auto", ("cpu", torch.float32)),
     (False, False, True, "auto", "auto", ("mps", torch.float32)),
     (True, True, True, "auto", "auto", ("cuda", torch.bfloat16)),
@@ -253,12 +244,12 @@ def test_open_data_counts_the_steps_and_names_the_papers_counts(tmp_path, capsys
     (True, True, False, "cuda", "float32", ("cuda", torch.float32)),
     (False, False, False, "auto", "bfloat16", ("cpu", torch.bfloat16)),
     (False, False, False, "auto", "stored", ("cpu", None))])
-def test_the_device_and_the_precision(cuda, half, mps, device, dtype, wanted, monkeypatch):
+def test_the_device_and_the_precision(cuda, half, mps, device, dtype, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: half)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     found = choose_device(Options.from_flags({"device": device, "dtype": dtype}))
-    assert found == (torch.device(wanted[0]), wanted[1])
+    assert found == (torch.device(expected[0]), expected[1])
 
 
 def test_a_device_that_is_not_there_and_a_compiler_that_is_missing(monkeypatch):
@@ -274,22 +265,21 @@ def test_a_device_that_is_not_there_and_a_compiler_that_is_missing(monkeypatch):
     assert choose_device(compiling)[0].type == "cpu"
 
 
-@pytest.mark.parametrize("platform, device, wanted", [
+@pytest.mark.parametrize("platform, device, expected", [
     ("linux", "cpu", 2.048), ("darwin", "cpu", 0.002), ("linux", "cuda", 7.5)])
-def test_peak_memory_is_in_gigabytes_everywhere(platform, device, wanted, monkeypatch):
+def test_peak_memory_is_in_gigabytes_everywhere(platform, device, expected, monkeypatch):
     """Linux says how many times 1,024 bytes a process took at most, and macOS says bytes."""
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=2_000_000))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7_500_000_000)
-    assert peak_memory(torch.device(device)) == pytest.approx(wanted)
+    assert peak_memory(torch.device(device)) == pytest.approx(expected)
 
 
 def plain_batch(rows: int, tokens: int, prefix: int, answer: int) -> Batch:
-    """Rows of so many tokens, the last ones supervised, with a common prefix."""
-    shape = rows, tokens
-    labels = torch.full(shape, IGNORE)
-    labels[:, -answer:] = 1
-    return Batch(torch.ones(shape, dtype=torch.long), torch.full(shape, NO_ITEM), labels, prefix)
+    """Rows of so many tokens, those of a common prefix and of the answer included."""
+    T = tokens - prefix
+    return Batch(torch.ones(prefix), torch.ones(rows, T), torch.full((rows, T), NO_ITEM),
+                 torch.zeros(rows), torch.ones(rows, answer))
 
 
 SHAPE_135M = small_config(vocab_size=49_152, hidden_size=576, intermediate_size=1_536,

@@ -1,4 +1,4 @@
-"""support/synthetic.py: the law by hand, the oracle against brute force."""
+"""support/synthetic.py: the true distribution by hand, the oracle against brute force."""
 
 import itertools
 import math
@@ -83,7 +83,7 @@ def test_without_order_strength_order_aware_and_order_blind_coincide():
     np.testing.assert_allclose(world.next_distribution(histories[:, ::-1]), p)
 
 
-def test_drawn_users_follow_the_stated_law():
+def test_drawn_users_follow_the_true_distribution():
     world = SyntheticWorld(items=20, strength=0.7)
     x = world.interactions(20_000)
     items = x.items.reshape(-1)
@@ -94,7 +94,7 @@ def test_drawn_users_follow_the_stated_law():
     second = np.bincount(items[starts + 1][pair], minlength=20) / pair.sum()
     np.testing.assert_allclose(second, world.next_distribution(np.array([[3]]))[0], atol=0.04)
     # How much likelier the fourth item is after the three before it than after these reversed, in
-    # nats: its mean under the law is Σ p (log p - log p'), and it would be negative the wrong way.
+    # nats: the expected mean is Σ p (log p - log p'), and it would be negative the wrong way.
     history, fourth = items[starts[:, None] + np.arange(3)], items[starts + 3]
     p, reverse = (world.next_distribution(h).clip(min=1e-300) for h in (history, history[:, ::-1]))
     gain = np.log(p / reverse)
@@ -119,23 +119,23 @@ def test_impossible_worlds_are_refused(arguments, message):
         SyntheticWorld().interactions(0)
 
 
-def test_the_law_of_histories_of_unequal_length_is_that_of_each():
+def test_the_true_distribution_of_histories_of_unequal_length_is_that_of_each():
     world, histories = SyntheticWorld(items=30), [[0, 1, 2], [5, 9], [3, 4, 7], [8, 2, 1, 0]]
-    for history, p in zip(histories, world.law(histories)):
+    for history, p in zip(histories, world.true_distribution(histories)):
         np.testing.assert_allclose(p, world.next_distribution(np.array([history]))[0])
 
 
-def test_each_oracle_list_is_worth_the_mass_of_its_items_under_the_law():
+def test_each_oracle_list_is_worth_the_true_probability_of_its_items():
     """One history: what each oracle ranks by is found here by the other functions and by brute
     force, and what its list is worth by adding up."""
     world, history = SyntheticWorld(items=40), [0, 1, 12]
-    law = world.law([history])
-    ranked_by = {"best, order-aware": law[0],
-                 "best, order-aware | reversed": world.law([history[::-1]])[0],
+    true_p = world.true_distribution([history])
+    ranked_by = {"best, order-aware": true_p[0],
+                 "best, order-aware | reversed": world.true_distribution([history[::-1]])[0],
                  "best, order-blind": brute_force_order_blind(world, history)}
-    rows = oracle_rows(world, [history], law, samples=4_000)
+    rows = oracle_rows(world, [history], true_p, samples=4_000)
     for name, p in ranked_by.items():
-        best = law[0][sorted(range(40), key=lambda item, p=p: (-p[item], item))]
+        best = true_p[0][sorted(range(40), key=lambda item, p=p: (-p[item], item))]
         assert rows[name]["HR@5"][0] == pytest.approx(best[:5].sum())
         assert rows[name]["NDCG@10"][0] == pytest.approx(sum(
             chance / math.log2(rank + 2) for rank, chance in enumerate(best[:10])))
@@ -147,7 +147,7 @@ def test_the_oracle_bounds_are_ordered_and_meet_at_strength_0(strength):
     world = SyntheticWorld(items=60, strength=strength)
     sequences = make_sequences(world.interactions(60))
     histories = [sequences.history(i) for i in range(len(sequences))]
-    rows = oracle_rows(world, histories, world.law(histories), samples=64)
+    rows = oracle_rows(world, histories, world.true_distribution(histories), samples=64)
     assert list(rows) == ["best, order-aware", "best, order-aware | reversed", "best, order-blind"]
     for name in METRICS:
         aware, blind, misled = (rows[f"best, {kind}"][name][0] for kind in (
@@ -162,7 +162,7 @@ def test_the_oracle_bounds_are_ordered_and_meet_at_strength_0(strength):
 
 
 def brute_force_order_aware(world, history, samples=4_000):
-    """p(next | order): the mean over gaps, weighted by the law's own probability of the items."""
+    """p(next | order): the mean over gaps, weighted by the true probability of the items."""
     rng, total, mass = np.random.default_rng(9), 0.0, 0.0
     for _ in range(samples):
         gaps = [rng.exponential(1 / 24) if rng.random() < 0.6 else 10 ** rng.uniform(0, 2.5)
@@ -189,18 +189,18 @@ def test_the_clocks_weights_by_hand():
     np.testing.assert_allclose(long_ago, 1 / 3, atol=1e-3)      # users A and B of Figure 1
 
 
-def test_users_are_drawn_by_the_law_of_their_own_gaps():
-    """The answers' log-probability is what the law expects, and less where gaps are misread."""
+def test_users_are_drawn_by_their_own_gaps():
+    """The answers' log-probability is the expected one, and less where gaps are misread."""
     world = SyntheticWorld(items=40, clock=1.0)
     s = make_sequences(world.interactions(4_000))
     histories, answers = [s.history(i) for i in range(len(s))], s.items[s.targets]
     days = [s.days(i) for i in range(len(s))]
-    law = world.law(histories, days)
-    log_p = np.log(law[np.arange(len(s)), answers])
-    off = log_p - (law * np.log(law + (law == 0))).sum(axis=1)
+    true_p = world.true_distribution(histories, days)
+    log_p = np.log(true_p[np.arange(len(s)), answers])
+    off = log_p - (true_p * np.log(true_p + (true_p == 0))).sum(axis=1)
     assert abs(off.mean()) < 4 * off.std() / math.sqrt(len(s))
     for misread in (lambda d: 0 * d, lambda d: 10 * d, lambda d: d / 10):
-        other = world.law(histories, [misread(d) for d in days])
+        other = world.true_distribution(histories, [misread(d) for d in days])
         gain = log_p - np.log(other[np.arange(len(s)), answers])
         assert gain.mean() > 3 * gain.std() / math.sqrt(len(s))
 
@@ -229,12 +229,12 @@ def test_three_oracles_stand_in_their_order_and_coincide_at_strength_0():
         world = SyntheticWorld(items=60, strength=strength, clock=clock)
         s = make_sequences(world.interactions(500)).sample(200, 0)
         histories = [s.history(i) for i in range(len(s))]
-        law = world.law(histories, [s.days(i) for i in range(len(s))])
-        rows = oracle_rows(world, histories, law, samples=128)
+        true_p = world.true_distribution(histories, [s.days(i) for i in range(len(s))])
+        rows = oracle_rows(world, histories, true_p, samples=128)
         best = [rows[f"best, {kind}"]["HR@5"][0] for kind in (
             "clock-aware", "order-aware", "order-blind")]
         if strength:
             assert best[0] > best[1] + 0.01 and best[1] > best[2] + 0.01
         else:
             assert best == pytest.approx([best[0]] * 3, abs=1e-3)
-    assert "best, clock-aware" not in oracle_rows(SyntheticWorld(60), histories[:3], law[:3])
+    assert "best, clock-aware" not in oracle_rows(SyntheticWorld(60), histories[:3], true_p[:3])

@@ -15,29 +15,28 @@ SYSTEMS = {"SASRec": (id_baselines.main, ["--method", "sasrec", "--epochs", "2",
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """(the folder, what was printed, how often each command was called)"""
+def folder(tmp_path_factory):
+    """The folder of a table of two systems, which was asked for twice."""
     out = tmp_path_factory.mktemp("table")
-    calls = []
     with small_runs() as patch:
         patch.setattr(table3, "SYSTEMS", {name: (command, own) for name, (command, own) in
                                           SYSTEMS.items()})
-        given = ["--seeds", "0", "1", "--systems", "SASRec", "BIGRec", "--eval-sequences", "6",
+        flags = ["--seeds", "0", "1", "--systems", "SASRec", "BIGRec", "--eval-sequences", "6",
                  "--out", str(out)]
-        assert table3.main(given) == 0
+        assert table3.main(flags) == 0
         before = {path: path.stat().st_mtime_ns for path in (out / "table3").glob("*/run.json")}
-        assert table3.main(given) == 0                      # nothing is left to be run
-        calls = {path: path.stat().st_mtime_ns for path in (out / "table3").glob("*/run.json")}
-        assert calls == before and len(calls) == 2 * (3 + 1)    # three rates, one more seed
+        assert table3.main(flags) == 0                      # nothing is left to be run
+        after = {path: path.stat().st_mtime_ns for path in (out / "table3").glob("*/run.json")}
+        assert after == before and len(after) == 2 * (3 + 1)    # three rates, one more seed
     return out / "table3"
 
 
-def test_the_table_holds_means_and_deviations_at_the_rate_that_validation_prefers(made):
-    lines = (made / "table3.md").read_text().splitlines()
+def test_the_table_holds_means_and_deviations_at_the_rate_that_validation_prefers(folder):
+    lines = (folder / "table3.md").read_text().splitlines()
     assert lines[0].startswith("6 test sequences, 300 candidates") and lines[0].endswith("0, 1")
-    folders = json.loads((made / "cells.json").read_text())
-    records = {line: json.loads((made / folder / "run.json").read_text())
-               for line, folder in folders.items()}
+    runs = json.loads((folder / "cells.json").read_text())
+    records = {line: json.loads((folder / run / "run.json").read_text())
+               for line, run in runs.items()}
     for name, chosen in (("sasrec", lambda t: -max(t["validation_ndcg10"])),
                          ("none", lambda t: min(t["validation_ta"]))):
         first = {line: chosen(record["tuning"]) for line, record in records.items()
@@ -46,27 +45,27 @@ def test_the_table_holds_means_and_deviations_at_the_rate_that_validation_prefer
         rate = min(first, key=first.get).split("--lr ")[1]
         cells = [record for line, record in records.items()
                  if f" {name} " in line and line.endswith(f"--lr {rate}")]
-        made_by = "all items scored" if name == "sasrec" else "5 beams, grounded"
-        hits = [record["rows"][made_by]["HR@5"][0] for record in cells]
-        row = next(line for line in lines if f"| {made_by} |" in line)
+        kind = "all items scored" if name == "sasrec" else "5 beams, grounded"
+        hits = [record["rows"][kind]["HR@5"][0] for record in cells]
+        row = next(line for line in lines if f"| {kind} |" in line)
         assert len(cells) == 2
         assert f"| {np.mean(hits):.4f} ± {np.std(hits, ddof=1):.4f} |" in row
         assert f" | {rate} | " in row
     assert sum("| BIGRec |" in line for line in lines) == 2         # two lists
     popular = [record["rows"]["popularity"]["HR@10"][0] for line, record in records.items()
                if " none " in line and line.endswith(f"--lr {rate}")]
-    (floor,) = (line for line in lines if line.startswith("| popularity"))
-    assert f"| {np.mean(popular):.4f} |" in floor
+    (row,) = (line for line in lines if line.startswith("| popularity"))
+    assert f"| {np.mean(popular):.4f} |" in row
 
 
 def test_a_cell_that_fails_or_is_interrupted_ends_the_table_and_is_not_kept(tmp_path, monkeypatch,
                                                                             capsys):
-    for status, wanted, message in ((2, 2, "this cell failed"), (130, 130, "goes on with this")):
+    for status, message in ((2, "this cell failed"), (130, "continues with this cell")):
         monkeypatch.setattr(table3, "SYSTEMS", {"SASRec": (lambda flags, s=status: s, [])})
         monkeypatch.setattr(table3, "ID", table3.SYSTEMS["SASRec"][0])
-        monkeypatch.setattr(table3, "best_rate", lambda cells, name, seed, given: table3.record(
-            cells, name, seed, 0.1, given))
-        assert table3.main(["--systems", "SASRec", "--out", str(tmp_path)]) == wanted
+        monkeypatch.setattr(table3, "best_rate", lambda cells, name, seed, flags: table3.record(
+            cells, name, seed, 0.1, flags))
+        assert table3.main(["--systems", "SASRec", "--out", str(tmp_path)]) == status
         assert message in capsys.readouterr().err
         assert not (tmp_path / "table3" / "cells.json").exists()
 

@@ -1,4 +1,4 @@
-"""Tests of support/terminal.py with real faults: no memory, a full disk, signals, closed ends."""
+"""support/terminal.py and support/start.py with real faults: no memory, a full disk, signals."""
 
 import contextlib
 import os
@@ -45,7 +45,7 @@ def limited(kind: int, amount: int):
 # ------------------------------------------------------------ How a command ends
 
 
-@pytest.mark.parametrize("work, status, told", [
+@pytest.mark.parametrize("work, status, printed", [
     (lambda: None, 0, ""), (stops(ValueError("no such beam")), 2, "error: no such beam\n"),
     (stops(FileNotFoundError("x: not found")), 2, "error: x: not found\n"),
     (stops(torch.OutOfMemoryError("CUDA out of memory.\nTried much.")), 2,
@@ -54,9 +54,9 @@ def limited(kind: int, amount: int):
     (stops(KeyboardInterrupt("go on with --resume x")), 130,
      "interrupted; go on with --resume x\n"),
     (stops(KeyboardInterrupt()), 130, "interrupted; files already written are whole\n")])
-def test_a_command_ends_with_a_status_and_one_line(work, status, told, capsys):
+def test_a_command_ends_with_a_status_and_one_line(work, status, printed, capsys):
     assert exit_status(work) == status
-    assert capsys.readouterr() == ("", told)
+    assert capsys.readouterr() == ("", printed)
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("y")])
@@ -80,7 +80,7 @@ def test_a_disk_that_is_full_is_one_line_and_what_was_there_is_whole(tmp_path, t
     add_lora(model)
     plain = Llama(small_config())
     writers = {
-        "adapter": lambda folder: save_adapter(model, folder),
+        "adapter": lambda folder: save_adapter(model, folder, {"temporal": "rope"}),
         "base": lambda folder: save_llama(plain, folder),
         "arrays": lambda folder: save_arrays({"x": np.ones(9_000)}, folder / "x.safetensors"),
         "json": lambda folder: write_json(folder / "x.json", ["word"] * 9_000)}
@@ -175,6 +175,45 @@ def test_faults_of_a_command_line_are_one_line_too(capsys):
     assert line.startswith("error: the following arguments") or "\\x1byyy" in line
     assert line.endswith("usage: walk.py WHERE [flags], where --help explains the flags\n")
     assert line.count("\n") == 1 and "\x1b" not in line and len(line) < LONGEST + 200
+
+
+# ------------------------------------------------------------ What a command settles at its start
+
+# This is put into a Python of its own before anything else is run there. When torch is about to be
+# loaded it prints two of the settings, and that Python ends.
+AT_TORCH = """
+import os, signal, sys
+
+def look(event, args):
+    if event == "import" and args[0] == "torch":
+        print(os.environ.get("GOMP_SPINCOUNT"), signal.getsignal(signal.SIGINT) == signal.SIG_DFL)
+        sys.stdout.flush()
+        os._exit(0)
+sys.addaudithook(look)
+"""
+
+
+@pytest.mark.parametrize("argv, settled", [
+    (["cetrec.py"], "1000 True"), (["-m", "experiments.look", "--help"], "1000 True"),
+    (["-c", "import cetrec"], "None False"), (["-c", "import experiments.look"], "None False")])
+def test_a_command_settles_threads_and_ctrl_c_before_torch_is_loaded_and_an_import_does_not(
+        tmp_path, argv, settled):
+    (tmp_path / "sitecustomize.py").write_text(AT_TORCH)
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True,
+                          env=environment | {"PYTHONPATH": str(tmp_path)})
+    assert (done.stdout, done.stderr) == (f"{settled}\n", "")
+
+
+def test_importing_cetrec_changes_nothing_in_the_process():
+    program = """
+import os, signal
+before = dict(os.environ), [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+import cetrec
+assert (dict(os.environ), [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+        ) == before
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="wants /proc")

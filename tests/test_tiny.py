@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TITLES
+from conftest import TITLES, small_config
 
 from data import IGNORE, NO_ITEM, build_prompt, collate, encode_example
-from llama import load_llama
+from llama import Llama, load_llama
+from support import progress
 from support.checkpoints import read_tokenizer
-from support.journal import Journal
-from support.tiny import (BOS, SEEN, TinyBase, tiny_base, tiny_tokenizer, supervise_titles,
-                          tokenizer_for)
+from support.tiny import (BOS, SEEN, TinyBase, supervise_titles, tiny_base, tiny_tokenizer,
+                          title_loss, tokenizer_for)
 
 RECIPE = TinyBase(pieces=300, hidden_size=16, intermediate_size=32, max_sequences=32,
                   batch_size=16)
@@ -48,25 +48,26 @@ def test_the_tiny_base_is_a_checkpoint_made_once_and_named_after_its_sources(tmp
 def test_a_base_whose_making_was_interrupted_goes_on_to_the_same_weights(tmp_path, world_splits,
                                                                          monkeypatch):
     recipe = replace(RECIPE, max_sequences=160)             # ten steps
-    made = tiny_base(tmp_path / "whole", world_splits, 0, torch.device("cpu"), recipe)
-    note, noted = Journal.note, []
+    whole = tiny_base(tmp_path / "whole", world_splits, 0, torch.device("cpu"), recipe)
+    log_step, logged = progress.log_step, []
 
-    def stop_at_7(self, *values):
-        if self.step == 7:
+    def stop_at_8(log, bar, done, *values):
+        if done.step == 8:
             raise KeyboardInterrupt
-        noted.append(self.step)
-        note(self, *values)
-    monkeypatch.setattr(Journal, "note", stop_at_7)
+        logged.append(done.step)
+        return log_step(log, bar, done, *values)
+    monkeypatch.setattr(progress, "log_step", stop_at_8)
     with pytest.raises(KeyboardInterrupt):
         tiny_base(tmp_path / "broken", world_splits, 0, torch.device("cpu"), recipe)
-    folder = tmp_path / "broken" / made.name
-    assert not (folder / "config.json").exists() and noted == [*range(7)]
-    monkeypatch.setattr(Journal, "note", lambda *a: noted.append(a[0].step) or note(*a))
+    folder = tmp_path / "broken" / whole.name
+    assert not (folder / "config.json").exists() and logged == [*range(1, 8)]
+    monkeypatch.setattr(progress, "log_step", lambda log, bar, done, *values: (
+        logged.append(done.step), log_step(log, bar, done, *values))[1])
     assert tiny_base(tmp_path / "broken", world_splits, 0, torch.device("cpu"), recipe) == folder
-    assert noted[7:] == [6, 7, 8, 9]            # the last checkpoint was that of step 6
+    assert logged[7:] == [7, 8, 9, 10]          # the last checkpoint was that of step 6
     for name in ("model.safetensors", "tokenizer.json"):
-        assert (folder / name).read_bytes() == (made / name).read_bytes()
-    assert {path.name for path in folder.iterdir()} == {path.name for path in made.iterdir()}
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
 
 
 def test_two_processes_that_want_the_same_base_make_it_once(tmp_path):
@@ -82,9 +83,9 @@ def test_two_processes_that_want_the_same_base_make_it_once(tmp_path):
     both = [subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
             for _ in range(2)]
-    told = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
-    outs = sorted((out for out, _ in told), key=len)
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    outs = sorted((out for out, _ in outputs), key=len)
     assert outs[0].splitlines()[-1] == outs[1].splitlines()[-1]
     assert sum("tiny base | step" in out for out in outs) == 1
     assert outs[0].startswith("waiting for another process that is at work on ")
@@ -102,25 +103,54 @@ def test_the_context_is_checked_before_a_base_is_made(tmp_path, world_splits):
 
 
 def test_the_base_is_trained_on_shuffled_histories(tmp_path, world_splits, monkeypatch):
-    asked = []
-    monkeypatch.setattr("support.tiny.batches", lambda tokenizer, sequences, *_, shuffle_histories:
-                        asked.append(shuffle_histories) or iter([collate([encode_example(
-                            tokenizer, sequences.titles[:4], sequences.titles[4])])]))
-    tiny_base(tmp_path, world_splits[:1], 0, torch.device("cpu"), RECIPE)
-    assert asked == [True, True]        # 32 sequences are two steps, each of them an epoch here
+    """In every epoch anew."""
+    drawn = []
+
+    def one_batch(tokenizer, sequences, size, seed, shuffle_histories):
+        drawn.append((seed, shuffle_histories))
+        return [collate([encode_example(tokenizer, sequences.titles[:4], sequences.titles[4])])]
+    monkeypatch.setattr("support.tiny.batches", one_batch)
+    recipe = replace(RECIPE, epochs=2, least_steps=1, max_sequences=10_000)
+    tiny_base(tmp_path, world_splits[:1], 5, torch.device("cpu"), recipe)
+    assert drawn == [([5, 1, 0], True), ([5, 1, 1], True)]
 
 
 def test_the_base_is_supervised_on_history_titles_and_the_answer(tokenizer):
-    batch = collate([encode_example(tokenizer, TITLES[:n], TITLES[-n]) for n in (3, 6, 4)])
-    labels = supervise_titles(batch).labels
-    for row in range(3):
-        for t in range(batch.tokens.shape[1] - 1):
-            wanted = (batch.tokens[row, t + 1] if batch.item_pos[row, t + 1] != NO_ITEM else
-                      batch.labels[row, t])
-            assert labels[row, t] == wanted
-    assert ((labels != IGNORE).sum() > 3 * (batch.labels != IGNORE).sum())
-    assert (batch.labels == collate([encode_example(tokenizer, TITLES[:n], TITLES[-n])
-                                     for n in (3, 6, 4)]).labels).all()        # not in place
+    """All of their tokens but the first one of a history, which nothing could predict."""
+    examples = [encode_example(tokenizer, TITLES[:n], TITLES[-n]) for n in (3, 6, 4)]
+    batch = collate(examples)
+    answers, before = supervise_titles(batch).answers, batch.answers.clone()
+    assert answers.shape == batch.tokens.shape and torch.equal(batch.answers, before)
+    for example, row in zip(examples, answers.tolist()):
+        P, n = len(batch.prefix), len(example.tokens)
+        first = next(t for t, k in enumerate(example.item_pos) if k != NO_ITEM)
+        following = [example.tokens[t] if t > first and example.item_pos[t] != NO_ITEM
+                     else example.labels[t] for t in range(P + 1, n)]
+        assert row == [IGNORE] * (len(row) - len(following)) + following
+        supervised = sum(label != IGNORE for label in following)
+        assert supervised == sum(k != NO_ITEM for k in example.item_pos) - 1 + sum(
+            label != IGNORE for label in example.labels)
+
+
+def test_the_loss_of_the_base_is_that_of_its_rows_token_by_token(tokenizer):
+    """The supervised tokens, each predicted from those before it, and title tokens, each from
+    itself."""
+    examples = [encode_example(tokenizer, TITLES[:n], TITLES[-n]) for n in (3, 6, 4)]
+    llama, losses = Llama(small_config(vocab_size=tokenizer.bpe.get_vocab_size())), []
+    for p in llama.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    for example in examples:
+        log_p = llama.logits(llama(llama.embed(torch.tensor([example.tokens])))[0][0]).log_softmax(
+            dim=-1)
+        first = next(t for t, k in enumerate(example.item_pos) if k != NO_ITEM)
+        for t, (token, k, label) in enumerate(zip(example.tokens, example.item_pos,
+                                                  example.labels)):
+            if label != IGNORE or (k != NO_ITEM and t > first):
+                losses.append(-log_p[t - 1, token])
+            if k != NO_ITEM:
+                losses.append(-log_p[t, token])
+    torch.testing.assert_close(title_loss(llama, supervise_titles(collate(examples))),
+                               torch.stack(losses).mean())
 
 
 @pytest.mark.parametrize("titles", [TITLES, ["Rocky", "Rocky 2", "Rocky 10", "Up 2 You"]])
@@ -153,7 +183,7 @@ def test_titles_count_as_often_as_training_recommended_them(world_splits):
     train_set = world_splits[0].select(slice(0, 100))
     often = np.bincount(train_set.items[train_set.targets], minlength=len(train_set.titles))
     words = {word.replace("Ġ", " ") for word in tokenizer_for(train_set, 258).bpe.get_vocab()}
-    wanted = {part for title, count in zip(train_set.titles, often) if count >= SEEN
+    frequent = {part for title, count in zip(train_set.titles, often) if count >= SEEN
               for part in re.fullmatch(r"(.*?)( \d+)?", title).groups() if part}
-    rare = {title for title, count in zip(train_set.titles, often) if count < SEEN} - wanted
-    assert len(wanted) > 3 and wanted <= words and rare and not rare & words
+    rare = {title for title, count in zip(train_set.titles, often) if count < SEEN} - frequent
+    assert len(frequent) > 3 and frequent <= words and rare and not rare & words

@@ -1,15 +1,15 @@
-"""support/floors.py: counting against dense matrices."""
+"""support/counting.py: counting against dense matrices."""
 
 import numpy as np
 import pytest
 
 from data import Interactions, make_sequences, split_by_time
 from evaluate import Lists
-from support.floors import CountingFloors, result_table
+from support.counting import CountingBaselines, result_table
 from support.synthetic import SyntheticWorld
 
 
-def test_floors_equal_dense_counting():
+def test_scores_equal_dense_counting():
     world = SyntheticWorld(items=25)
     train, _, test = split_by_time(make_sequences(world.interactions(80)))
     counts, popularity = np.zeros((25, 25)), np.zeros(25)
@@ -18,8 +18,8 @@ def test_floors_equal_dense_counting():
         popularity[train.target(i)] += 1
     similarity = counts / np.sqrt(np.outer(counts.sum(1), counts.sum(0)).clip(min=1e-9))
     histories = [test.history(i) for i in range(len(test))]
-    floors = CountingFloors(train, 25)
-    scores = floors.scores(histories, exclude_history=False)
+    counting = CountingBaselines(train, 25)
+    scores = counting.scores(histories, exclude_history=False)
     for row, history in enumerate(histories):
         np.testing.assert_allclose(scores["popularity"][row], popularity)
         np.testing.assert_allclose(scores["co-occurrence, newest item"][row],
@@ -27,39 +27,40 @@ def test_floors_equal_dense_counting():
         np.testing.assert_allclose(scores["co-occurrence, whole history"][row],
                                    similarity[history].sum(0))
     for kept in (True, False):
-        for name, lists in floors.lists(histories, exclude_history=not kept).items():
+        for name, lists in counting.lists(histories, exclude_history=not kept).items():
             for history, ten, score in zip(histories, lists, scores[name]):
                 order = sorted(range(25), key=lambda item, s=score: (-s[item], item))
                 assert ten.tolist() == [i for i in order if kept or i not in history][:10]
 
 
-def test_floors_by_hand():
+def test_scores_by_hand():
     """Two users saw a b c, and then d or e; a third saw c b a, and then d. Each item of a history
     counts once with its answer."""
     x = Interactions(np.repeat([0, 1, 2], 4), np.array([0, 1, 2, 3, 0, 1, 2, 4, 2, 1, 0, 3]),
                      np.arange(12), list("abcdefghijklm"))
-    floors = CountingFloors(make_sequences(x), 13)
-    scores = floors.scores([[1, 0], [5]], exclude_history=False)
+    counting = CountingBaselines(make_sequences(x), 13)
+    scores = counting.scores([[1, 0], [5]], exclude_history=False)
     assert scores["popularity"][0].tolist() == [0, 0, 0, 2, 1] + [0] * 8
     # Each of a, b, c meets d twice and e once; d is met 6 times, e 3 times, each of them 3 times.
     to_d, to_e = 2 / np.sqrt(3 * 6), 1 / np.sqrt(3 * 3)
     np.testing.assert_allclose(scores["co-occurrence, newest item"][0, [3, 4, 5]], [to_d, to_e, 0])
     np.testing.assert_allclose(scores["co-occurrence, whole history"][0, [3, 4, 5]],
                                [2 * to_d, 2 * to_e, 0])
-    assert floors.lists([[1, 0], [3]])["co-occurrence, whole history"].tolist() == [
+    assert counting.lists([[1, 0], [3]])["co-occurrence, whole history"].tolist() == [
         [3, 4, 2, 5, 6, 7, 8, 9, 10, 11], [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]]
 
 
 def test_many_histories_are_served_as_few():
     train = make_sequences(SyntheticWorld(items=25).interactions(40))
-    floors, histories = CountingFloors(train, 25), [[i % 25, (i + 7) % 25] for i in range(1_005)]
-    many, late = floors.lists(histories), floors.lists(histories[998:])
+    counting = CountingBaselines(train, 25)
+    histories = [[i % 25, (i + 7) % 25] for i in range(1_005)]
+    many, late = counting.lists(histories), counting.lists(histories[998:])
     for name, lists in many.items():
         assert lists.shape == (1_005, 10)
         np.testing.assert_array_equal(lists[998:], late[name])
 
 
-def test_a_result_table_has_the_floors_the_oracles_and_what_training_saw():
+def test_a_result_table_has_counting_baselines_oracles_and_what_training_saw():
     world = SyntheticWorld(items=40)
     train, _, test = split_by_time(make_sequences(world.interactions(60)))
     train, test = train.select(slice(0, 20)), test.select(slice(0, 8))
@@ -71,14 +72,14 @@ def test_a_result_table_has_the_floors_the_oracles_and_what_training_saw():
                      np.zeros((8, 0), dtype=bool))
     result, arrays = result_table({"ten": first_ten}, train, test, world, True)
     assert asked == ["ten, original", "ten, reversed", "ten, shuffled"]
-    assert result["protocol"] == ("8 test sequences, 40 candidates, history excluded, lists valued "
-                                  "by the law of the world")
-    law = world.law([test.history(i) for i in range(8)])
-    assert result["rows"]["ten"]["HR@5"][0] == pytest.approx(law[:, :5].sum(axis=1).mean())
-    floors = CountingFloors(train, 40).lists([test.history(i) for i in range(8)])
-    for name, lists in floors.items():
-        wanted = np.take_along_axis(law, lists, axis=1).sum(axis=1).mean()
-        assert result["rows"][name]["HR@10"][0] == pytest.approx(wanted)
+    assert result["protocol"] == ("8 test sequences, 40 candidates, history excluded, scored by "
+                                  "the true distribution")
+    true_p = world.true_distribution([test.history(i) for i in range(8)])
+    assert result["rows"]["ten"]["HR@5"][0] == pytest.approx(true_p[:, :5].sum(axis=1).mean())
+    counting = CountingBaselines(train, 40).lists([test.history(i) for i in range(8)])
+    for name, lists in counting.items():
+        expected = np.take_along_axis(true_p, lists, axis=1).sum(axis=1).mean()
+        assert result["rows"][name]["HR@10"][0] == pytest.approx(expected)
     assert "best, order-aware" in result["rows"]
     assert arrays["popularity"].tolist() == np.bincount(train.items[train.targets],
                                                         minlength=40).tolist()
