@@ -150,7 +150,7 @@ def clean(text: str) -> str:
 
 @torch.inference_mode()
 def embed_titles(model: Model, titles: Sequence[str], tokenizer: Tokenizer,
-                 rows: int = 256) -> Tensor:
+                 rows: int = 64) -> Tensor:
     """Hidden state of each title's last token after the final norm, float32.  -> (len(titles), C)
 
     The input is BOS (where the tokenizer adds one) and the bare title. No token belongs to an item

@@ -215,7 +215,7 @@ class Recipe:
     dropout: float = flag("baseline", "probability of dropout: in gru4rec on the embeddings, in "
                           "caser on the state, in sasrec on embeddings, attention and inner layer",
                           0.1, by_data={"gru4rec": 0.0}, low=0, high=0.99, metavar="P",
-                          told="0.1; for gru4rec 0")
+                          shown="0.1; for gru4rec 0")
     width: int = flag("baseline", "d of embeddings and states", 64, low=1, metavar="D")
     lr: float = flag("baseline", "rate of Adam, with an L2 penalty of 1e-6", 1e-3, low=0,
                      metavar="X")

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from evaluate import METRICS
 from experiments.reproduce import (ABLATION, RESULTS, means, read_records, record_file, rows_of,
-                                   spread, told, worlds_table)
+                                   spread, markdown, worlds_table)
 from support.files import write_whole
-from support.options import Options, Where, as_flag, told_default
+from support.options import Options, Where, as_flag, describe_default
 from support.terminal import Parser, exit_status
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def flags() -> list[str]:
                 name = f"{name}, --no-{name[2:]}"
             choices = f.metadata["choices"]
             values = f" One of {', '.join(map(str, choices))}." if choices else ""
-            lines.append(f"| `{name}` | {told_default(f)} | {f.metadata['text']}.{values} |"
+            lines.append(f"| `{name}` | {describe_default(f)} | {f.metadata['text']}.{values} |"
                          .replace("NAME|FOLDER", "NAME or FOLDER"))
     return lines[1:]
 
@@ -118,7 +118,7 @@ def with_parts(text: str) -> str:
         if name in PARTS:
             lines = PARTS[name]()
         elif (path := record_file(RESULTS, name)).is_file():
-            lines = told(name.partition("-")[0], read_records(path))
+            lines = markdown(name.partition("-")[0], read_records(path))
         else:
             raise ValueError(f"<!-- made: {name} -->: there is no such part, and no {path}")
         return match[1] + "".join(f"{line}\n" for line in lines) + match[3]

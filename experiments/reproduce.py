@@ -303,7 +303,7 @@ def reproduce(target: str, seeds: list[int], flags: dict, out: Path) -> list[str
                  for name, of_seeds in records.items() for record in of_seeds]
         kept += [{"section": title, "compared": line} for line in compared(runs)]
         figure = drawing(target, runs, records)
-    name, lines = name_of(target, flags), told(target, kept)
+    name, lines = name_of(target, flags), markdown(target, kept)
     write_whole(out / f"{name}.jsonl", "".join(json.dumps(x) + "\n" for x in kept).encode())
     write_whole(out / f"{name}.md", ("\n".join(lines) + "\n").encode())
     if figure is not None:
@@ -318,7 +318,7 @@ def name_of(target: str, flags: dict) -> str:
                                for key in NAMING if flags.get(key))])
 
 
-def told(target: str, kept: list[dict]) -> list[str]:
+def markdown(target: str, kept: list[dict]) -> list[str]:
     """All tables of a target as lines of Markdown, with headings where it has several sections."""
     lines, titles = [], dict.fromkeys(entry["section"] for entry in kept)
     for title in titles:
@@ -501,7 +501,7 @@ def main(argv: list[str] | None = None) -> int:
         if target == "WORLD" and flags.get("data", "synthetic") != "synthetic":
             raise ValueError("WORLD is about synthetic worlds; drop --data")
         if recorded_only:
-            lines = told(target, recorded(target, flags))
+            lines = markdown(target, recorded(target, flags))
         elif count is not None:
             lines = verify(target, count, flags, out)
         else:

@@ -31,17 +31,17 @@ EVALUATION = {"eval_sequences", "lists", "exclude_history"} | OF_BEAMS
 
 def flag(group: str, text: str, default, *, tiny=None, by_data: dict | None = None,
          choices=None, low: float | None = None, high: float = LARGEST,
-         metavar: str | None = None, told: str = ""):
+         metavar: str | None = None, shown: str = ""):
     """A field of Options.
 
     A flag may have up to three defaults. `default` is meant for published bases, `tiny` for the
     tiny base where that wants another value, and `by_data` for the tiny base on single data sets.
-    `told` gives the default in words where these values do not say it. The value must be from `low`
-    to `high`; a number above that would be a slip, and would fail somewhere less clearly.
+    `shown` gives the default in words where these values do not say it. The value must be from
+    `low` to `high`; a number above that would be a slip, and would fail somewhere less clearly.
     """
     presets = {"published": default} | ({} if tiny is None else {"tiny": tiny}) | (by_data or {})
     return field(metadata={"group": group, "text": text, "presets": presets, "choices": choices,
-                           "low": low, "high": high, "metavar": metavar, "told": told})
+                           "low": low, "high": high, "metavar": metavar, "shown": shown})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +58,11 @@ class Options:
     data_dir: str = flag("data", "where the public data sets are, or are put", "data",
                          metavar="DIR")
     domain: str | None = flag("data", "the prompt's words for an item", None, choices=[*DOMAINS],
-                              told="movies, games or artists with public data, items with a folder")
+                              shown="movies, games or artists with public data, items with a "
+                              "folder")
     sample: float = flag("data", "share of the interactions to keep, by drawing users; with steam "
                          "the share of the users and of the games", 1.0, metavar="SHARE",
-                         told="0.1 with movielens and 1/3 with steam, as the paper's text (D4); "
+                         shown="0.1 with movielens and 1/3 with steam, as the paper's text (D4); "
                          "else 1")
     chronological: bool = flag("data", "lastfm only: order by the date of tagging; the field "
                                "orders by artist number, not by time (D9)", False)
@@ -104,7 +105,7 @@ class Options:
                                tiny=0.0, low=0, high=0.99, metavar="P")
     lora_targets: tuple[str, ...] = flag(
         "model", "linear maps that get factors, with commas, or all-linear", ("q_proj", "v_proj"),
-        tiny=ALL_LINEAR, metavar="NAMES", told="q_proj,v_proj; with the tiny base all-linear")
+        tiny=ALL_LINEAR, metavar="NAMES", shown="q_proj,v_proj; with the tiny base all-linear")
 
     # Tuning (§4.4). The paper gives AdamW and its rate; batch size, epochs and warm-up are CFT's
     # (D5). The values for the tiny base were chosen on validation splits.
@@ -120,7 +121,7 @@ class Options:
                        "epoch without a better validation L_TA", 3, tiny=1, low=1, metavar="N")
     least_steps: int = flag("tuning", "allow more epochs on small data, until there are N steps",
                             300, low=0, high=1e6, metavar="N",
-                            told="300; 0 where --epochs or --max-steps is given")
+                            shown="300; 0 where --epochs or --max-steps is given")
     warmup: int = flag("tuning", "steps of linear warm-up, but at most a tenth of all steps; then "
                        "the rate decays linearly", 20, tiny=50, low=0, metavar="N")
     max_steps: int = flag("tuning", "stop tuning after N steps; 0 means no limit", 0, low=0,
@@ -140,7 +141,7 @@ class Options:
         "evaluation", "how lists of ten are made, with commas: beams is the paper's, free text "
         "grounded in the catalogue (§5.1.4); titles, ten beams that stay on the catalogue's "
         "titles; exact, every title scored", ("beams", "titles"), metavar="NAMES",
-        told="beams,titles")
+        shown="beams,titles")
     beams: int = flag("evaluation", "beams of the paper's lists", 5, low=1, high=1_000, metavar="W")
     length_penalty: float = flag(
         "evaluation", "a beam's score is its summed log-probability over its number of tokens to "
@@ -232,7 +233,7 @@ class Options:
 
     def adapter_settings(self) -> dict:
         """What the model must have in common with the one that an adapter was tuned in."""
-        return {"temporal": self.temporal, "index": self.index,
+        return {"model": self.model, "temporal": self.temporal, "index": self.index,
                 "scale": self.sinpe_scale if self.temporal == "sinpe" else 1.0}
 
     def decoding(self) -> Decoding:
@@ -268,11 +269,11 @@ class Where:
                    metavar="DIR")
     resume: str | None = flag("run", "go on with the interrupted run in this folder; goes with "
                               "--data-dir, --device, and --model where the base has moved", None,
-                              told="a new run", metavar="RUN")
+                              shown="a new run", metavar="RUN")
     eval_only: str | None = flag("evaluation", "evaluate the adapter in this run folder again, on "
                                  "its own data and base; goes with the flags of this group, "
                                  "--data-dir, --device, --dtype, and --model where the base has "
-                                 "moved", None, told="tune first", metavar="RUN")
+                                 "moved", None, shown="tune first", metavar="RUN")
 
 
 def defaults(kind, *wanted: str) -> dict:
@@ -324,7 +325,7 @@ def add_flags(ap: argparse.ArgumentParser, *kinds, only=None) -> None:
         m = f.metadata
         if m["group"] not in groups:
             groups[m["group"]] = ap.add_argument_group(m["group"])
-        how = {"help": f"{m['text']} (default: {told_default(f)})".replace("%", "%%")}
+        how = {"help": f"{m['text']} (default: {describe_default(f)})".replace("%", "%%")}
         if f.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
@@ -333,9 +334,9 @@ def add_flags(ap: argparse.ArgumentParser, *kinds, only=None) -> None:
         groups[m["group"]].add_argument(as_flag(f.name), dest=f.name, **how)
 
 
-def told_default(f) -> str:
+def describe_default(f) -> str:
     """The defaults of a field of Options in words, as help and docs print them."""
-    return f.metadata["told"] or "; ".join(
+    return f.metadata["shown"] or "; ".join(
         in_words(value) + {"published": "", "tiny": " with the tiny base"}.get(
             preset, f" with the tiny base on {preset}")
         for preset, value in f.metadata["presets"].items())

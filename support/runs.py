@@ -364,16 +364,16 @@ def choose_device(options: Options) -> tuple[torch.device, torch.dtype | None]:
 # Adapters: peft's two files, and temporal.json, which says what they were tuned for
 
 
-def save_adapter(model, folder: Path, settings: dict, base_model: str | None = None) -> None:
+def save_adapter(model, folder: Path, settings: dict) -> None:
     """Write the factors, and the settings they go with, as Options.adapter_settings has them.
 
-    base_model: its name for peft. temporal.json is written last and has the checksum of the
-    factors' file.
+    temporal.json is written last and has the checksum of the factors' file.
     """
     if rank():
         return
+    name = settings.get("model")        # for peft, which cannot make the tiny base model
     try:
-        save_lora(model, folder, base_model)
+        save_lora(model, folder, None if name == "tiny" else name)
     except BaseException:           # a full disk above all: leave no part of a file
         for part in folder.glob("adapter_*.part"):
             part.unlink()

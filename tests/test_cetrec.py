@@ -24,7 +24,8 @@ from lora import ALL_LINEAR, add_lora, load_lora, lora_parameters
 from support.runs import load_adapter, save_adapter, wrap_blocks
 
 KINDS = ["rope", "rope-attention", "sinpe", "none"]
-SETTINGS = {"temporal": "sinpe", "index": "order", "scale": 0.5, "base": "a" * 16}
+SETTINGS = {"model": "someone/llama", "temporal": "sinpe", "index": "order", "scale": 0.5,
+            "base": "a" * 16}
 close = torch.testing.assert_close
 
 
@@ -441,7 +442,7 @@ def test_a_damaged_checkpoint_or_one_of_other_factors_is_one_clear_error(tmp_pat
 def test_an_adapter_goes_back_to_its_base_and_temporal_embedding_only(tmp_path, temporal):
     model = temporal("sinpe", 0.5)
     disturbed_factors(model)
-    save_adapter(model, tmp_path, SETTINGS, "someone/llama")
+    save_adapter(model, tmp_path, SETTINGS)
     assert json.loads((tmp_path / "temporal.json").read_text()) == SETTINGS | {"sha256":
         hashlib.sha256((tmp_path / "adapter_model.safetensors").read_bytes()).hexdigest()}
     assert "someone/llama" in (tmp_path / "adapter_config.json").read_text()
@@ -490,7 +491,7 @@ def test_peft_computes_our_logits_if_item_tokens_are_turned_before_the_model(tmp
     tokens, item_pos = torch.tensor([example.tokens]), torch.tensor([example.item_pos])
     save_llama(model.llama, tmp_path / "base")
     disturbed_factors(model, targets=ALL_LINEAR)
-    save_adapter(model, tmp_path / "adapter", SETTINGS, str(tmp_path / "base"))
+    save_adapter(model, tmp_path / "adapter", SETTINGS | {"model": str(tmp_path / "base")})
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter",
                                                            dtype=torch.float32).eval()
     with torch.no_grad():

@@ -18,6 +18,7 @@ import cetrec
 from experiments import (benchmark, choose, explain, fuzz, id_baselines, llm_baselines, look, page,
                          readings, readme, recommend, report, reproduce, table3)
 from support.synthetic import SyntheticWorld
+from support.tiny import TINY_BASES, TinyBase
 
 QUICK = ["--limit-train", "64", "--eval-sequences", "9", "--max-steps", "2", "--batch-size", "16"]
 SHORT = {       # command -> (what it runs, flags that make it short)
@@ -32,18 +33,20 @@ SHORT = {       # command -> (what it runs, flags that make it short)
     "benchmark": (benchmark.main, ["--rounds", "1", "--batch-size", "2", "--shapes", "tiny"]),
     "fuzz": (fuzz.main, ["--inputs", "3"])}
 WORDS = {"NAME": "ml-100k", "METHOD": "caser", "RUN": "runs/ml-100k-rope-1",
-         "SMOLLM2": "meta-llama/Meta-Llama-3-8B",
+         "SMOLLM2": "meta-llama/Meta-Llama-3-8B", "path/to/llama": "meta-llama/Meta-Llama-3-8B",
          "tuning": "", "[SECTION": "generation", "...]": ""}    # one section takes ten seconds
 NOT_HERE = {"pytest", "pip", "venv"}        # the test command itself, and the installation
 
 
 def commands_in(text: str) -> list[str]:
     """The commands of a page in code, without the interpreter's place and comments: what follows
-    "python" or torchrun's flags. a|b stands for both, and WORDS has what capitals stand for."""
+    "python" or torchrun's flags. a|b stands for both, and WORDS has what capitals stand for. Of
+    many seeds the first is enough."""
     text = re.sub(r"(?<!`)`[^`\n]+\n[^`\n]+`", lambda m: m[0].replace("\n", " "), text)
     found = []
     for line in re.findall(r"(?:python3?|torchrun [^\n`]*?) ((?:cetrec\.py|-m )[^\n`&]*)", text):
         line = re.split(r"\s+#|\s\.\.\.(?:\s|$)", line)[0].strip()
+        line = re.sub(r"(--seeds \d+)( \d+)+", r"\1", line)
         choices = [word.split("|") for word in line.split(" ")]
         for n in range(max(map(len, choices))):
             words = [words[n % len(words)] for words in choices]
@@ -90,16 +93,16 @@ def place(tmp_path_factory):
     """The folder in which commands are run, with all they want."""
     root, draw = tmp_path_factory.mktemp("place"), SyntheticWorld.interactions
     write_raw_files(root)
-    tiny = cetrec.TinyBase(pieces=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                           max_sequences=64, epochs=1)
+    tiny = TinyBase(pieces=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                    max_sequences=64, epochs=1)
     targets = {name: [(title, dict(list(rows.items())[:2]))]
                for name, make in reproduce.TARGETS.items() for title, rows in list(make())[:1]}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setattr(SyntheticWorld, "interactions", lambda self, seed=0: draw(self, 120, seed))
-        patch.setattr(cetrec, "TinyBase", lambda: tiny)
-        for name in list(cetrec.TINY_BASES):
-            patch.setitem(cetrec.TINY_BASES, name, tiny)
+        patch.setattr("support.runs.TinyBase", lambda: tiny)
+        for name in list(TINY_BASES):
+            patch.setitem(TINY_BASES, name, tiny)
         for name, sections in targets.items():
             patch.setitem(reproduce.TARGETS, name, lambda sections=sections: sections)
         patch.setitem(table3.SYSTEMS, "GRU4Rec", (id_baselines.main, [
@@ -136,13 +139,13 @@ def run(command: str) -> int:
     """The exit status of a command of README or docs, made short."""
     words = shlex.split(command)
     name = words[0] if words[0] != "-m" else words[1].removeprefix("experiments.")
-    given = words[1:] if words[0] != "-m" else words[2:]
+    argv = words[1:] if words[0] != "-m" else words[2:]
     main, short = SHORT[name]
-    if {"--resume", "--eval-only", "--reproduce", "--recorded", "--verify"} & set(given):
+    if {"--resume", "--eval-only", "--recorded", "--verify"} & set(argv):
         short = []
-    flags = [*given, *short]
-    for flag in {f for f in given if f.startswith("--")} & set(short):      # what is said counts
-        at = len(given) + short.index(flag)
+    flags = [*argv, *short]
+    for flag in {f for f in argv if f.startswith("--")} & set(short):       # what is said counts
+        at = len(argv) + short.index(flag)
         if flag not in ("--eval-sequences", "--max-steps"):
             del flags[at:at + 2]
     return main(flags)
@@ -171,9 +174,10 @@ def test_there_are_commands_and_how_they_are_read():
     assert "cetrec.py" in names and "experiments.report" in names
     page = ("`python cetrec.py\n--data x`, then\n  .venv/bin/python -m experiments.look a|b # so\n"
             "torchrun --nproc_per_node 8 cetrec.py --data movielens ...  # many\n"
-            "python3 -m venv .venv && .venv/bin/python cetrec.py\n")
+            "python3 -m venv .venv && .venv/bin/python cetrec.py --seeds 7 8 9 --out x\n")
     assert commands_in(page) == ["cetrec.py --data x", "-m experiments.look a",
-                                 "-m experiments.look b", "cetrec.py --data movielens", "cetrec.py"]
+                                 "-m experiments.look b", "cetrec.py --data movielens",
+                                 "cetrec.py --seeds 7 --out x"]
 
 
 def test_the_stand_ins_are_what_the_readers_of_raw_files_take(place):

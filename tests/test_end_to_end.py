@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,8 @@ ORDERS = ("original", "reversed", "shuffled")
 def small_world():
     """Few users, and a base that is tinier still: these tests are about the path, not quality."""
     with small_runs() as patch:
+        patch.setitem(TINY_BASES, "synthetic", replace(
+            TINY_BASES["synthetic"], pieces=768, num_hidden_layers=1))
         patch.setattr("support.runs.TinyBase", lambda: TINY_BASES["synthetic"])
         yield
 
@@ -80,16 +83,18 @@ def test_the_main_path_depends_on_the_seed_only(finished, tmp_path, capsys):
     record = read_json(run / "run.json")
     counts = record["counts"]
     for expected in (f"data synthetic | {counts['interactions']:,} interactions, ",
-                   "\ntiny base | step", " threads, float32\n", "⟩[k=0, tokens ",
-                   "at most 6 steps, 0 of them warm-up\n", "step     6/6 | loss ",
-                   "epoch 2 | validation ta ", "12 test sequences, 300 candidates, history "
-                   "excluded, scored by the true distribution",
-                   "\n2 beams, grounded ", "\n10 beams on titles ", "\n  change, reversed ",
-                   "\n  shuffled ", "\npopularity ", "\nco-occurrence, newest item ",
-                   "\nco-occurrence, whole history ", "\nbest, order-aware ",
-                   "\nbest, order-blind ", "\neffect of order on log p(answer): ",
-                   f"\nwritten {run}\n", f": python -m experiments.report {run}\n"):
+                     "\ntiny base | step", " threads, float32\n", "⟩[k=0, tokens ",
+                     "at most 6 steps, 0 of them warm-up\n", "step     6/6 | loss ",
+                     "epoch 2 | validation ta ", "12 test sequences, 300 candidates, history "
+                     "excluded, scored by the true distribution",
+                     "\n2 beams, grounded ", "\n10 beams on titles ", "\n  change, reversed ",
+                     "\n  shuffled ", "\npopularity ", "\nco-occurrence, newest item ",
+                     "\nco-occurrence, whole history ", "\nbest, order-aware ",
+                     "\nbest, order-blind ", "\neffect of order on log p(answer): ",
+                     f"\nwritten {run}\nits tables and figures: "):
         assert expected in text, expected
+    command = shlex.split(text.rpartition("its tables and figures: ")[2])
+    assert command == ["python", "-m", "experiments.report", str(run)]
     assert counts["train"] == 64 and record["tuning"]["steps"] == 6
     assert record["options"]["lambda_ct"] == 0.1
     assert record["versions"].keys() - {"revision"} == {
@@ -235,15 +240,15 @@ def test_an_adapter_is_evaluated_on_the_base_it_was_tuned_on_only(copied, capsys
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     assert main(["--eval-only", str(copied), "--model", str(moved)]) == 2
     error, tuned = capsys.readouterr().err, read_json(copied / "temporal.json")["base"]
-    assert f"base {tuned}; this model has temporal rope, " in error
+    assert f"settings of the run, {{'base': '{tuned}'}}, is now {{'base': " in error
     weights["model.norm.weight"] -= 0.01
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     record = read_json(copied / "run.json")
     record["options"]["temporal"] = "sinpe"
     (copied / "run.json").write_text(json.dumps(record))
     assert main(["--eval-only", str(copied), "--model", str(moved)]) == 2
-    error = capsys.readouterr().err
-    assert "tuned with temporal rope, " in error and "this model has temporal sinpe, " in error
+    assert ("settings of the run, {'temporal': 'rope'}, is now {'temporal': 'sinpe'}"
+            in capsys.readouterr().err)
 
 
 # ------------------------------------------------------------ Interrupted
@@ -252,6 +257,8 @@ def test_an_adapter_is_evaluated_on_the_base_it_was_tuned_on_only(copied, capsys
 def test_an_interrupted_command_says_how_to_go_on_and_goes_on(finished, tmp_path, capsys,
                                                               monkeypatch):
     broken, steps = tmp_path / finished.name, []
+    base = next(finished.parent.glob("tiny-*"))
+    shutil.copytree(base, tmp_path / base.name)
 
     def interrupted(*inputs):
         steps.append(1)
@@ -414,7 +421,8 @@ def no_network(*args, **kwargs):
     (["--data", "."], ".: wanted interactions.csv"),
     (["--order-strength", "2"], "order strength is 2.0"),
     (["--lambda-ct", "nan"], "--lambda-ct is nan"), (["--seed", "9" * 20], "--seed is 9999"),
-    (["--lora-targets", "wq"], "LoRA targets wq"), (["--lora-rank", "0"], "--lora-rank is 0"),
+    (["--lora-targets", "wq"], "LoRA targets is ('wq',)"),
+    (["--lora-rank", "0"], "--lora-rank is 0"),
     (["--lists", "trie"], "--lists is 'trie'"),
     (["--lists", "exact", "--ground-list", "single"], "--ground-list goes with --lists beams"),
     (["--limit-train", "-3"], "--limit-train is -3"),

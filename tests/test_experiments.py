@@ -440,7 +440,7 @@ def test_a_wrong_command_line_is_told_with_the_right_one(capsys, command, argume
     ("run.json", "{", "run.json: not valid JSON"),
     ("temporal.json", None, "temporal.json: not found"),
     ("temporal.json", "{}", "temporal.json: not the settings of an adapter"),
-    ("adapter_config.json", None, "adapter_config.json: not found"),
+    ("adapter_config.json", None, "run/adapter_config.json"),
 ])
 def test_a_damaged_run_is_named_by_the_file(run_folder, base, tmp_path, capsys, name, content,
                                             message):

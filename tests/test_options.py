@@ -87,7 +87,7 @@ def test_the_defaults_in_the_help_are_those_of_a_run():
         for preset, value in f.metadata["presets"].items():
             assert getattr(Options.from_flags(bases[preset]), f.name) == value or f.name in (
                 "data", "model", "sample"), f.name
-            if type(value) in (int, float) and not f.metadata["told"]:
+            if type(value) in (int, float) and not f.metadata["shown"]:
                 default = found[f.name.replace("_", "-")].partition("(default: ")[2]
                 assert value in [float(x) for x in re.findall(r"[\d.]+(?=[;) ])", default)], f.name
 
@@ -177,7 +177,8 @@ def test_without_a_temporal_embedding_lambda_is_0_and_a_given_one_is_commented(c
     (["--compile", "--recompute"], "--compile and --recompute: one at a time"),
     (["--lists", "trie"], "--lists is 'trie'; wanted one or more of beams, titles, exact"),
     (["--lists", "beams,"], "--lists is 'beams,'; wanted one or more of"),
-    (["--lora-targets", "wq"], "LoRA targets wq"), (["--lora-rank", "0"], "--lora-rank is 0"),
+    (["--lora-targets", "wq"], "LoRA targets is ('wq',)"),
+    (["--lora-rank", "0"], "--lora-rank is 0"),
     (["--lora-alpha", "nan"], "--lora-alpha is nan"),
     (["--lora-dropout", "1"], "--lora-dropout is 1"), (["--lr", "1e308"], "--lr is 1e+308"),
     (["--lora-dropout", "1e-300"], "--lora-dropout is 1e-300"),
@@ -253,9 +254,11 @@ def test_a_record_of_another_version_or_with_a_wrong_value_is_refused():
 def test_an_adapter_is_bound_to_the_temporal_embedding_and_p_k_has_a_scale_if_it_is_added():
     """The settings that temporal.json records, besides the digest of the base."""
     options = Options.from_flags(flags("--temporal", "sinpe", "--sinpe-scale", "0.5"))
-    assert options.adapter_settings() == {"temporal": "sinpe", "index": "order", "scale": 0.5}
+    assert options.adapter_settings() == {"model": "tiny", "temporal": "sinpe", "index": "order",
+                                          "scale": 0.5}
     turned = replace(options, temporal="rope", index="time")
-    assert turned.adapter_settings() == {"temporal": "rope", "index": "time", "scale": 1.0}
+    assert turned.adapter_settings() == {"model": "tiny", "temporal": "rope", "index": "time",
+                                         "scale": 1.0}
 
 
 # ------------------------------------------------------------ How long a run tunes

@@ -72,7 +72,7 @@ def test_where_nothing_can_be_written_is_known_before_any_work(tmp_path):
 
 def make_run(folder: Path, base: str = "tiny-1", **more) -> Options:
     """A folder as a run leaves it, as far as it is read."""
-    options = Options.from_flags({"data": "ml-100k", "lr": 0.5} | more.pop("given", {}))
+    options = Options.from_flags({"data": "ml-100k", "lr": 0.5} | more.pop("flags", {}))
     folder.mkdir()
     (folder.parent / base).mkdir(exist_ok=True)
     write_json(folder / "run.json", {"method": "cetrec", "options": options.record(),
@@ -102,7 +102,7 @@ def test_a_base_that_is_not_tiny_is_where_the_record_says_or_found_again(tmp_pat
     assert read_run(tmp_path / "run", {}) == (options, tmp_path)
 
 
-@pytest.mark.parametrize("flags, flag, message", [
+@pytest.mark.parametrize("flags, command, message", [
     ({"lr": 1.0, "epochs": 2}, "--eval-only", "--eval-only takes data, base and tuning from the "
      "run; it does not go with --epochs, --lr"),
     ({"beams": 3}, "--resume", "--resume takes data, base and tuning from the run; it does not go "
@@ -114,10 +114,10 @@ def test_a_base_that_is_not_tiny_is_where_the_record_says_or_found_again(tmp_pat
     ({"model": "nowhere"}, "--eval-only", "nowhere: not found, but the run was tuned on this base; "
      "if it has moved, say where with --model"),
     ({}, "--resume", "run: this run is complete; --eval-only evaluates it again")])
-def test_what_does_not_go_with_a_run_is_refused(tmp_path, flags, flag, message):
+def test_what_does_not_go_with_a_run_is_refused(tmp_path, flags, command, message):
     make_run(tmp_path / "run", rows={})
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        read_run(tmp_path / "run", flags, flag)
+        read_run(tmp_path / "run", flags, command)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
