@@ -27,6 +27,7 @@ from lora import without_factors
 CUTOFFS = (5, 10)           # K of HR@K and NDCG@K, §5.1.2
 LENGTH = max(CUTOFFS)       # of a list of recommendations
 Prompt = tuple[list[int], list[float]]      # tokens and item_pos, of equal length
+Beam = tuple[float, int, list[int]]         # summed log p, the beam it continues, tokens so far
 Scores = dict[str, tuple[float, float]]     # metric -> (mean, standard error)
 Model = Any                 # a TemporalLlama, or a module with its forward and its logits
 
@@ -78,43 +79,41 @@ def beam_search(model: Model, prompts: Sequence[Prompt], beams: int = 5, max_new
     (B, V), W, device = logits.shape, beams, logits.device
     log_p = logits.log_softmax(dim=-1)[:, None].expand(B, W, V)
     looks_at = seen[:, None].expand(B, W, -1)                                   # (B, W, S)
-    sums = torch.tensor([[0.0] + [-math.inf] * (W - 1)] * B, device=device)     # one beam at first
-    answers: list[list[list[int]]] = [[[]] * W for _ in range(B)]
-    ended: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]         # score, answer
-    done = [False] * B
+    dead: Beam = (-math.inf, 0, [0])
+    alive: list[list[Beam]] = [[(0.0, 0, []), *[dead] * (W - 1)] for _ in range(B)]
+    ended: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]         # score, tokens
     for g in range(1, max_new_tokens + 1):
         if g <= min_new_tokens:
             log_p = log_p.index_fill(-1, torch.tensor(eos_ids, device=device).long(), -math.inf)
         if prefix_allowed_tokens_fn is not None:
-            log_p = keep_allowed(log_p, [[
-                prefix_allowed_tokens_fn(b, answer) if total > -math.inf and not done[b] else ()
-                for total, answer in zip(row, answers[b])] for b, row in enumerate(sums.tolist())])
+            log_p = keep_allowed(log_p, alive, prefix_allowed_tokens_fn)
+        sums = torch.tensor([[total for total, _, _ in row] for row in alive], device=device)
         best = (sums[..., None] + log_p).flatten(1).topk(max(2, 1 + len(eos_ids)) * W)
-        alive = []                                      # (sum, parent, token) of each beam
-        for b, row in enumerate(zip(best.values.tolist(), best.indices.tolist())):
-            candidates = [(total, *divmod(place, V)) for total, place in zip(*row)]
-            alive.append([c for c in candidates if c[2] not in eos_ids][:W])
-            new = [(c[0] / g ** length_penalty, answers[b][c[1]] + [c[2]]) for c in candidates[:W]
-                   if c[2] in eos_ids and not done[b]]
-            answers[b] = [answers[b][parent] + [token] for _, parent, token in alive[b]]
-            ended[b] = best_answers(ended[b] + new, W)
-            # Done when W answers have ended, and no beam as it stands beats the worst of them.
-            done[b] |= candidates[0][0] == -math.inf or (
-                len(ended[b]) == W and ended[b][-1][0] >= candidates[0][0] / g ** length_penalty)
-            if g == max_new_tokens and not done[b]:     # out of tokens: beams count as they are
-                ended[b] = best_answers(ended[b] + [(c[0] / g ** length_penalty, answer) for
-                                                    c, answer in zip(alive[b], answers[b])], W)
-        if all(done) or g == max_new_tokens:
+        for b, (totals, places) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+            going = []
+            for rank, (total, place) in enumerate(zip(totals, places)):
+                parent, token = divmod(place, V)
+                answer = alive[b][parent][2] + [token]
+                if token not in eos_ids:
+                    going.append((total, parent, answer))
+                elif rank < W:
+                    ended[b].append((total / g ** length_penalty, answer))
+            alive[b], ended[b] = going[:W], best_answers(ended[b], W)
+            if len(ended[b]) == W and ended[b][-1][0] >= totals[0] / g ** length_penalty:
+                alive[b] = [dead] * W       # done: no beam as it stands beats the worst of ended
+            elif g == max_new_tokens:       # out of tokens: the beams count as they stand
+                ended[b] = best_answers(ended[b] + [(total / g ** length_penalty, answer)
+                                                    for total, _, answer in alive[b]], W)
+        if g == max_new_tokens or all(row[0][0] == -math.inf for row in alive):
             break
 
-        sums, parents, tokens = (
-            torch.tensor([[beam[part] for beam in row] for row in alive], device=device)
-            for part in range(3))                                               # (B, W) each
-        parents = parents[..., None].expand(-1, -1, looks_at.shape[-1])
+        parents = torch.tensor([[parent for _, parent, _ in row] for row in alive], device=device)
+        tokens = torch.tensor([[answer[-1] for *_, answer in row] for row in alive], device=device)
         itself = torch.eye(W, dtype=torch.bool, device=device).expand(B, W, W)
-        looks_at = torch.cat((looks_at.gather(1, parents), itself), dim=-1)     # (B, W, S + g W)
-        no_item = torch.full((B, W), NO_ITEM, device=device)
-        hidden, past = model(tokens, no_item, looks_at.sum(dim=-1) - 1, looks_at[:, None], past)
+        inherited = looks_at.gather(1, parents[..., None].expand(-1, -1, looks_at.shape[-1]))
+        looks_at = torch.cat((inherited, itself), dim=-1)                       # (B, W, S + g W)
+        hidden, past = model(tokens, torch.full_like(tokens, NO_ITEM), looks_at.sum(dim=-1) - 1,
+                             looks_at[:, None], past)
         log_p = model.logits(hidden).log_softmax(dim=-1)                        # (B, W, V)
     scores = [[score for score, _ in row] + [-math.inf] * (W - len(row)) for row in ended]
     return [[answer for _, answer in row] for row in ended], torch.tensor(scores)
@@ -126,13 +125,15 @@ def best_answers(answers: list[tuple[float, list[int]]], beams: int) -> list:
     return sorted(possible, key=lambda answer: -answer[0])[:beams]
 
 
-def keep_allowed(log_p: Tensor, allowed: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """-inf for all tokens but those allowed, which are listed for each beam of each prompt.
+def keep_allowed(log_p: Tensor, beams: Sequence[Sequence[Beam]],
+                 allowed: Callable[[int, list[int]], Sequence[int]]) -> Tensor:
+    """-inf for all tokens but those that may follow each beam of each prompt.  (B, W, V) -> same
 
-    What is left is not renormalised: a score stays the model's own log p.  (B, W, V) -> same
+    What is left is not renormalised: a score stays the model's own log p.
     """
-    places = [(b, w, token) for b, row in enumerate(allowed) for w, tokens in enumerate(row)
-              for token in tokens]
+    places = [(b, w, token) for b, row in enumerate(beams)
+              for w, (total, _, answer) in enumerate(row) if total > -math.inf
+              for token in allowed(b, answer)]
     index = tuple(torch.tensor(places, device=log_p.device).long().view(-1, 3).T)
     out = torch.full_like(log_p, -math.inf)
     out[index] = log_p[index]

@@ -239,14 +239,12 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
     """
     path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     try:
-        config = _read_config(path)
+        config, stored = _read_config(path), load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: damaged or truncated ({error})") from None
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         fault = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: {fault}") from None
-    try:
-        stored = load_file(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{weights}: damaged or truncated ({error})") from None
     factors = add_lora(model, **asdict(config))
     tensors = _tensors(model)
     wrong = sorted(name for name in tensors.keys() | stored.keys() if name not in tensors or

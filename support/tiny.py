@@ -198,16 +198,18 @@ def pretrain(llama: Llama, tokenizer: Tokenizer, train_set: Sequences, seed: int
 
 
 def title_loss(llama: Llama, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy of the supervised tokens, and of every title token as its own target.
+    """Mean cross-entropy of the supervised tokens, and of each history's first token.
 
-    The second is an auxiliary task. It teaches the model to copy, which it needs where the next
-    title shares a word with an earlier one: on the synthetic world it lowers the validation loss of
-    the answers from 0.919 to 0.904 (seed 0). There is no temporal embedding.
+    Nothing before the first token of a history could predict it, so it is asked for at its own
+    position. This teaches the model to copy, which it needs where the next title shares a word with
+    an earlier one: on the synthetic world it lowers the validation loss of the answers from 0.919
+    to 0.907 (seed 0). There is no temporal embedding.
     """
     P, T = len(batch.prefix), batch.tokens.shape[1]
     _, past = llama(llama.embed(batch.prefix[None]))
     hidden, _ = llama(llama.embed(batch.tokens), token_positions(batch.padding, T, P),
                       causal_mask(batch.padding, T, P), past)
     supervised, title = batch.answers != IGNORE, batch.item_pos != NO_ITEM      # (B, T) each
-    targets = torch.cat((batch.answers[supervised], batch.tokens[title]))
-    return F.cross_entropy(llama.logits(torch.cat((hidden[supervised], hidden[title]))), targets)
+    first = title & (title.cumsum(dim=1) == 1)
+    targets = torch.cat((batch.answers[supervised], batch.tokens[first]))
+    return F.cross_entropy(llama.logits(torch.cat((hidden[supervised], hidden[first]))), targets)

@@ -232,7 +232,8 @@ def test_kept_answers_are_sorted_and_an_earlier_one_wins_a_tie():
 
 def test_the_allowed_tokens_keep_their_log_p_and_all_others_lose_it():
     log_p = torch.arange(12.0).view(1, 3, 4)
-    kept = keep_allowed(log_p, [[[0, 3], [], [2]]])
+    beams = [[(-1.0, 0, [7]), (-math.inf, 0, [8]), (-2.0, 0, [9])]]     # the second is dead
+    kept = keep_allowed(log_p, beams, lambda b, answer: {7: [0, 3], 8: [1], 9: [2]}[answer[0]])
     assert kept.tolist() == [[[0, -math.inf, -math.inf, 3], [-math.inf] * 4,
                               [-math.inf, -math.inf, 10, -math.inf]]]
 

@@ -133,8 +133,8 @@ def test_the_base_is_supervised_on_history_titles_and_the_answer(tokenizer):
 
 
 def test_the_loss_of_the_base_is_that_of_its_rows_token_by_token(tokenizer):
-    """The supervised tokens, each predicted from those before it, and title tokens, each from
-    itself."""
+    """The supervised tokens, each predicted from those before it, and the first token of each
+    history, predicted from itself."""
     examples = [encode_example(tokenizer, TITLES[:n], TITLES[-n]) for n in (3, 6, 4)]
     llama, losses = Llama(small_config(vocab_size=tokenizer.bpe.get_vocab_size())), []
     for p in llama.parameters():
@@ -147,7 +147,7 @@ def test_the_loss_of_the_base_is_that_of_its_rows_token_by_token(tokenizer):
                                                   example.labels)):
             if label != IGNORE or (k != NO_ITEM and t > first):
                 losses.append(-log_p[t - 1, token])
-            if k != NO_ITEM:
+            if t == first:
                 losses.append(-log_p[t, token])
     torch.testing.assert_close(title_loss(llama, supervise_titles(collate(examples))),
                                torch.stack(losses).mean())
