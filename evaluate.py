@@ -89,10 +89,10 @@ def beam_search(model: Model, prompts: Sequence[Prompt], beams: int = 5, max_new
             log_p = keep_allowed(log_p, alive, prefix_allowed_tokens_fn)
         sums = torch.tensor([[total for total, _, _ in row] for row in alive], device=device)
         best = (sums[..., None] + log_p).flatten(1).topk(max(2, 1 + len(eos_ids)) * W)
-        for b, (totals, places) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+        for b, (totals, indices) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
             going = []
-            for rank, (total, place) in enumerate(zip(totals, places)):
-                parent, token = divmod(place, V)
+            for rank, (total, index) in enumerate(zip(totals, indices)):
+                parent, token = divmod(index, V)
                 answer = alive[b][parent][2] + [token]
                 if token not in eos_ids:
                     going.append((total, parent, answer))
@@ -131,10 +131,10 @@ def keep_allowed(log_p: Tensor, beams: Sequence[Sequence[Beam]],
 
     What is left is not renormalised: a score stays the model's own log p.
     """
-    places = [(b, w, token) for b, row in enumerate(beams)
-              for w, (total, _, answer) in enumerate(row) if total > -math.inf
-              for token in allowed(b, answer)]
-    index = tuple(torch.tensor(places, device=log_p.device).long().view(-1, 3).T)
+    kept = [(b, w, token) for b, row in enumerate(beams)
+            for w, (total, _, answer) in enumerate(row) if total > -math.inf
+            for token in allowed(b, answer)]
+    index = tuple(torch.tensor(kept, device=log_p.device).long().view(-1, 3).T)
     out = torch.full_like(log_p, -math.inf)
     out[index] = log_p[index]
     return out

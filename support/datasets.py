@@ -216,8 +216,8 @@ def find_files(name: str, data_dir: Path) -> tuple[Path, Path]:
         file = source.address.rpartition("/")[2]
         packed = file.endswith(".zip")          # the others are single files, used as they come
         path = data_dir / file if packed else folder / file
-        wanted = files if packed else [file.removesuffix(".gz")]
-        if all(present(folder, file) for file in wanted):
+        needed = files if packed else [file.removesuffix(".gz")]
+        if all(present(folder, file) for file in needed):
             continue
         if not path.is_file():
             # It is written under another name until it is whole. A wrong sha256: RuntimeError.
@@ -227,7 +227,7 @@ def find_files(name: str, data_dir: Path) -> tuple[Path, Path]:
                 torch.hub.download_url_to_file(source.address, str(path), source.sha256)
             except (OSError, HTTPException, RuntimeError) as error:
                 raise FileNotFoundError(
-                    f"{folder / wanted[0]}: not found (nor {wanted[0]}.gz), and fetching "
+                    f"{folder / needed[0]}: not found (nor {needed[0]}.gz), and fetching "
                     f"{source.address} failed ({str(error).strip()}). Save it ({source.size}) as "
                     f"{path}, or pass --data-dir; --data synthetic needs nothing") from None
         elif source.sha256:
@@ -237,7 +237,7 @@ def find_files(name: str, data_dir: Path) -> tuple[Path, Path]:
                 raise ValueError(f"{path}: its sha256 is {found}, the published one is "
                                  f"{source.sha256}. Remove the file and run again")
         if packed:
-            unpack(path, folder, wanted, form.most_bytes)
+            unpack(path, folder, needed, form.most_bytes)
     return tuple(present(folder, file) for file in files)
 
 
@@ -269,19 +269,19 @@ def plain_name(name: str) -> str:
 def find_columns(names: list[str], roles: tuple[str, ...]) -> Callable:
     """A function from the fields of a row to those of the roles, found by the columns' names.
 
-    Raises ValueError, which tells the accepted names, if no column or more than one fits a role. A
+    Raises ValueError, which names the accepted ones, if no column or more than one fits a role. A
     guess between two columns could go wrong without anybody noticing.
     """
-    places = []
+    columns = []
     for role in roles:
-        found = [place for place, name in enumerate(names) if plain_name(name) in COLUMNS[role]]
+        found = [column for column, name in enumerate(names) if plain_name(name) in COLUMNS[role]]
         if len(found) != 1:
             raise ValueError(
                 f"the header has {'more than one' if found else 'no'} column for the {role}; its "
                 f"columns are {', '.join(names)[:400]}. Call one of them "
                 f"{' or '.join(COLUMNS[role])}; capitals, blanks and underscores do not matter")
-        places += found
-    return itemgetter(*places)
+        columns += found
+    return itemgetter(*columns)
 
 
 def seconds(text: str) -> int:
@@ -356,24 +356,24 @@ class Reader:
         the user asked for that. A header that is not understood stops the reading in any case.
         """
         names, rows = table.header, 0
-        pick = names and find_columns(names, roles)
+        choose = names and find_columns(names, roles)
         for number, line in enumerate(self.lines(path), 1):
             try:
                 fields = table.split(line.decode(table.encoding).rstrip("\r"))
-                if not pick:
-                    names, pick = fields, find_columns(fields, roles)
+                if not choose:
+                    names, choose = fields, find_columns(fields, roles)
                     continue
                 rows += 1
                 if len(fields) != len(names):
                     raise ValueError(f"{len(fields)} fields, expected {len(names)}")
-                store(*pick(fields))
+                store(*choose(fields))
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
                     csv.Error) as error:
-                if not pick or not self.skip_bad_lines:
+                if not choose or not self.skip_bad_lines:
                     what = f"has no {error}" if isinstance(error, KeyError) else error
                     advice = "Repair or remove the line, or pass --skip-bad-lines"
                     raise ValueError(f"{path}, line {number}: {what}. "
-                                     f"{advice if pick else 'Repair the header'}") from None
+                                     f"{advice if choose else 'Repair the header'}") from None
                 self.dropped[f"bad lines of {path.name}"] += 1
         if not rows:
             raise ValueError(f"{path}: holds no rows. Fetch it again")

@@ -182,26 +182,26 @@ class Options:
         LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
 
     @classmethod
-    def from_flags(cls, given: dict) -> "Options":
+    def from_flags(cls, flags: dict) -> "Options":
         """Options from the flags that were given and the preset of the base and the data.
 
         Raises ValueError for a value that is not allowed and for flags that contradict each other.
         """
-        given = split_names(given)
-        if given.get("temporal") == "none":
-            if given.get("lambda_ct"):
+        flags = split_names(flags)
+        if flags.get("temporal") == "none":
+            if flags.get("lambda_ct"):
                 print("--temporal none leaves one world only: λ is 0 in this run (w.o. Both = "
                       "BIGRec)")
-            given["lambda_ct"] = 0.0
-        if given.keys() & {"epochs", "max_steps"}:      # whoever says how long means it
-            given.setdefault("least_steps", 0)
-        data = given.get("data", "synthetic")
-        wanted = () if given.get("model", "tiny") != "tiny" else (data, "tiny")
-        options = cls(**defaults(cls, *wanted) | {"sample": SAMPLE.get(data, 1.0)} | given)
-        options.check_use(given)
+            flags["lambda_ct"] = 0.0
+        if flags.keys() & {"epochs", "max_steps"}:      # whoever says how long means it
+            flags.setdefault("least_steps", 0)
+        data = flags.get("data", "synthetic")
+        presets = () if flags.get("model", "tiny") != "tiny" else (data, "tiny")
+        options = cls(**defaults(cls, *presets) | {"sample": SAMPLE.get(data, 1.0)} | flags)
+        options.check_use(flags)
         return options
 
-    def check_use(self, given) -> None:
+    def check_use(self, flags) -> None:
         """Raise ValueError for a given flag that would change nothing in this run."""
         public, drawn = self.data in FORMATS, self.data == "synthetic"
         for name, goes_with, used in (
@@ -212,7 +212,7 @@ class Options:
                 ("domain", "data that are not synthetic", not drawn),
                 ("sinpe_scale", "--temporal sinpe", self.temporal == "sinpe"),
                 *((name, "--lists beams", "beams" in self.lists) for name in sorted(OF_BEAMS))):
-            if name in given and not used:
+            if name in flags and not used:
                 raise ValueError(f"{as_flag(name)} goes with {goes_with}; here it would change "
                                  "nothing, so drop it")
 
@@ -267,7 +267,7 @@ class Where:
 
     out: str = flag("run", "where a new run gets its folder, and tiny bases theirs", "runs",
                    metavar="DIR")
-    resume: str | None = flag("run", "go on with the interrupted run in this folder; goes with "
+    resume: str | None = flag("run", "continue the interrupted run in this folder; goes with "
                               "--data-dir, --device, and --model where the base has moved", None,
                               shown="a new run", metavar="RUN")
     eval_only: str | None = flag("evaluation", "evaluate the adapter in this run folder again, on "
@@ -276,9 +276,9 @@ class Where:
                                  "moved", None, shown="tune first", metavar="RUN")
 
 
-def defaults(kind, *wanted: str) -> dict:
+def defaults(kind, *presets: str) -> dict:
     """The default of every field of a dataclass of flags: of the first preset that it has."""
-    return {f.name: next(f.metadata["presets"][name] for name in (*wanted, "published")
+    return {f.name: next(f.metadata["presets"][name] for name in (*presets, "published")
                          if name in f.metadata["presets"]) for f in fields(kind)}
 
 
@@ -304,14 +304,14 @@ def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def split_names(given: dict) -> dict:
+def split_names(flags: dict) -> dict:
     """The flags that take names with commas between them, as tuples; all others as they are."""
-    given = dict(given)
-    for name in given.keys() & {"lora_targets", "lists"}:
-        if isinstance(given[name], str):
-            names = tuple(part.strip() for part in given[name].split(","))
-            given[name] = ALL_LINEAR if names == ("all-linear",) else names
-    return given
+    flags = dict(flags)
+    for name in flags.keys() & {"lora_targets", "lists"}:
+        if isinstance(flags[name], str):
+            names = tuple(part.strip() for part in flags[name].split(","))
+            flags[name] = ALL_LINEAR if names == ("all-linear",) else names
+    return flags
 
 
 def add_flags(ap: argparse.ArgumentParser, *kinds, only=None) -> None:
@@ -357,11 +357,11 @@ def parse(ap: argparse.ArgumentParser, argv) -> dict:
     """
     # "Intermixed": what is not a flag may stand anywhere, also between or after flags.
     found = vars(ap.parse_intermixed_args(argv))
-    given = {name: value for name, value in found.items() if value is not None}
-    for name, value in given.items():
+    flags = {name: value for name, value in found.items() if value is not None}
+    for name, value in flags.items():
         if value in ("", []):       # the parser takes `--flag --` for a list of no values
             ap.error(f"argument {as_flag(name)}: got nothing")
-    return given
+    return flags
 
 
 def read_flags(argv: list[str] | None) -> dict:

@@ -146,8 +146,8 @@ def shared_out(recommend: Callable) -> Callable:
     def recommend_together(histories, ages=None, progress: str = "") -> Lists:
         this, N = dealers()
         mine = range(this, len(histories), N)
-        made = recommend([histories[i] for i in mine], ages and [ages[i] for i in mine], progress)
-        return replace(made, **{f.name: together(getattr(made, f.name)) for f in fields(made)})
+        lists = recommend([histories[i] for i in mine], ages and [ages[i] for i in mine], progress)
+        return replace(lists, **{f.name: together(getattr(lists, f.name)) for f in fields(lists)})
     return recommend_together
 
 

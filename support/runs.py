@@ -216,43 +216,43 @@ def finish(folder: Path, record: dict, arrays: dict, catalogue: Catalogue | Sequ
     print(f"written {folder}")
 
 
-def read_run(folder: Path, given: dict, flag: str = "--eval-only") -> tuple[Options, Path]:
+def read_run(folder: Path, flags: dict, command: str = "--eval-only") -> tuple[Options, Path]:
     """The options of a run, changed by the flags that may differ, and the folder of its base.
 
-    What decides the result is taken from the run itself. Only what concerns the machine, the places
-    of files and, unless a run is resumed, the evaluation may differ. The flag names the command in
+    What decides the result is taken from the run itself. Only what concerns the machine, where
+    files are and, unless a run is resumed, the evaluation may differ. The command is named in
     messages. Raises FileNotFoundError or ValueError.
     """
     allowed = {"data_dir", "device", "model", "shard"} | (
-        set() if flag == "--resume" else EVALUATION | {"dtype"})
-    if extra := sorted(given.keys() - allowed):
-        raise ValueError(f"{flag} takes data, base and tuning from the run; it does not go with "
+        set() if command == "--resume" else EVALUATION | {"dtype"})
+    if extra := sorted(flags.keys() - allowed):
+        raise ValueError(f"{command} takes data, base and tuning from the run; it does not go with "
                          f"{', '.join(map(as_flag, extra))}")
     record = folder / "run.json"
     if not record.is_file():
-        raise FileNotFoundError(f"{record}: not found; {flag} wants the folder of a run")
+        raise FileNotFoundError(f"{record}: not found; {command} wants the folder of a run")
     try:
         saved = read_object(record)
         model, base, ended = saved["options"]["model"], Path(saved["base"]), "rows" in saved
         if saved["method"] != "cetrec":
-            raise ValueError(f"{folder}: a run of the baseline {saved['method']}; {flag} and what "
-                             "loads its model want a run of cetrec.py")
-        changed = {"shard": False} | {k: value for k, value in given.items() if k != "out"}
+            raise ValueError(f"{folder}: a run of the baseline {saved['method']}; {command} and "
+                             "what loads its model want a run of cetrec.py")
+        changed = {"shard": False} | {k: value for k, value in flags.items() if k != "out"}
         options = Options.from_record(saved["options"], **changed | {"model": model})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{record}: not the record of a run of this version ({error!r})") from None
-    options.check_use(given)
-    if flag == "--resume" and ended:
+    options.check_use(flags)
+    if command == "--resume" and ended:
         raise ValueError(f"{folder}: this run is complete; --eval-only evaluates it again")
-    if flag != "--resume" and not ended:        # temporal.json is the last file of an adapter
+    if command != "--resume" and not ended:        # temporal.json is the last file of an adapter
         if not (folder / "temporal.json").is_file():
             raise ValueError(f"{folder}: interrupted before its first epoch ended, so it has no "
-                             "adapter yet; --resume goes on with it")
-        print(f"{folder} is not complete; this takes its best epoch so far, and --resume goes on")
+                             "adapter yet; --resume continues it")
+        print(f"{folder} is not complete; this takes its best epoch so far, and --resume continues")
 
     base = folder.parent / base if model == "tiny" else base        # it lies beside its runs
-    if "model" in given or not base.exists() and model != "tiny":
-        base = find_checkpoint(given.get("model", model))
+    if "model" in flags or not base.exists() and model != "tiny":
+        base = find_checkpoint(flags.get("model", model))
     if not base.exists():
         raise FileNotFoundError(f"{base}: not found, but the run was tuned on this base; if it has "
                                 "moved, say where with --model")
@@ -290,7 +290,7 @@ def check_same(folder: Path, record: dict) -> None:
         if isinstance(was, dict) and isinstance(now, dict):     # name what differs only
             was, now = ({k: v for k, v in one.items() if v != other.get(k)}
                         for one, other in ((was, now), (now, was)))
-        raise ValueError(f"{folder}: {key} of the run, {was}, is now {now}; a run goes on, and is "
+        raise ValueError(f"{folder}: {key} of the run, {was}, is now {now}; a run continues, and is "
                          "evaluated, with the data and the base it began with only")
 
 

@@ -1,8 +1,9 @@
 """A world whose best recommendation is known: the default data, and an oracle for them.
 
 This is the paper's Figure 1 made into a generator: the next item depends on the order of a history
-by a stated law. So the value of every list of recommendations is known exactly, and so is what the
-best order-aware recommender reaches. What the best order-blind one reaches is estimated closely.
+by a stated distribution. So the value of every list of recommendations is known exactly, and so is
+what the best order-aware recommender reaches. What the best order-blind one reaches is estimated
+closely.
 
 Shapes: B histories, n their length, N items, M sampled orders.
 """
@@ -26,7 +27,7 @@ GENRES = {
 
 
 class SyntheticWorld:
-    """Users whose next item depends on order by a stated law; the generator is the oracle.
+    """Users whose next item depends on order by a stated distribution; the generator is the oracle.
 
         p(next | history) ∝ Σ_k w_k q(next | item_k) for items not in the history,
         w_k = (1 - s)/n + s (1 - c) decay^k / Σ_j decay^j + s c a_k / Σ_j a_j,  a_k = 1 / (1 + d_k)
@@ -83,7 +84,7 @@ class SyntheticWorld:
                      ((0.6, siblings), (0.3, same_genre), (0.1, self.popularity[None, :])))
 
     def weights(self, n: int, days: np.ndarray | None = None) -> np.ndarray:
-        """w_k of the law for n items, oldest first, with sum 1.  -> (n,), or (B, n) with a clock
+        """w_k for n items, oldest first, with sum 1.  -> (n,), or (B, n) with a clock
 
         days (B, n): how long before the next item each was taken; only a clock wants them.
         """
@@ -218,13 +219,13 @@ def oracle_rows(world: SyntheticWorld, histories, true_p: np.ndarray,
                 samples: int = 256) -> dict[str, Scores]:
     """What the best recommenders reach on these histories; true_p (n, N) is p(next | history).
 
-    "order-aware" ranks by the law itself, and no recommender has a larger mean. Its "reversed" row
-    is the same recommender, misled by reversed histories. "order-blind" ranks by p averaged over
+    "order-aware" ranks by the distribution itself, and no recommender has a larger mean. Its
+    "reversed" row is the same recommender, misled by reversed histories. "order-blind" ranks by p averaged over
     the orders that the items could have had, which is estimated from sampled orders. What a model
     reaches above that row, beyond the errors, it owes to order.
 
-    In a world with a clock the law itself is "clock-aware", and "order-aware" is p averaged over
-    the gaps that the items in their order could have had. What a model reaches above that, it owes
+    In a world with a clock the distribution itself is "clock-aware", and "order-aware" is p
+    averaged over the gaps that the items in their order could have had. What a model reaches above that, it owes
     to the clock.
     """
     histories = [np.asarray(h) for h in histories]
@@ -236,9 +237,9 @@ def oracle_rows(world: SyntheticWorld, histories, true_p: np.ndarray,
     for n in np.unique(sizes):
         rows = np.flatnonzero(sizes == n)
         group = np.stack([histories[i] for i in rows])
-        for name, given in zip(kinds, (group, group[:, ::-1])):
-            ranked[name][rows] = world.next_distribution(given) if not world.clock else (
-                world.order_blind_distribution(given, samples, order_known=True))
+        for name, ordered in zip(kinds, (group, group[:, ::-1])):
+            ranked[name][rows] = world.next_distribution(ordered) if not world.clock else (
+                world.order_blind_distribution(ordered, samples, order_known=True))
         ranked[kinds[2]][rows] = world.order_blind_distribution(group, samples)
     return {name: summarise(list_values(top(p), np.zeros(len(p)), true_p))
             for name, p in ranked.items()}

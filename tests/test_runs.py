@@ -155,7 +155,7 @@ def test_a_run_that_is_not_complete_is_evaluated_if_it_has_an_adapter(tmp_path, 
     options = make_run(run)
     assert read_run(run, {}, "--resume") == (options, tmp_path / "tiny-1")
     with pytest.raises(ValueError, match="interrupted before its first epoch ended, so it has no "
-                                         "adapter yet; --resume goes on with it"):
+                                         "adapter yet; --resume continues it"):
         read_run(run, {})
     (run / "adapter_model.safetensors").write_text("")      # the first of three files is there
     with pytest.raises(ValueError, match="no adapter yet"):
@@ -164,7 +164,7 @@ def test_a_run_that_is_not_complete_is_evaluated_if_it_has_an_adapter(tmp_path, 
     assert capsys.readouterr().out == ""
     assert read_run(run, {}) == (options, tmp_path / "tiny-1")
     assert capsys.readouterr().out == (
-        f"{run} is not complete; this takes its best epoch so far, and --resume goes on\n")
+        f"{run} is not complete; this takes its best epoch so far, and --resume continues\n")
 
 
 def test_a_run_goes_on_with_the_same_data_and_base_only(tmp_path):
