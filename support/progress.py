@@ -1,4 +1,4 @@
-"""What tuning writes while it works: log.jsonl, a checkpoint to resume from, a line on the terminal.
+"""What tuning writes while it works: log.jsonl, a checkpoint to resume from, a line that moves.
 
 A checkpoint is safetensors with a checksum of all that is in it; nothing is unpickled.
 """

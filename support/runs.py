@@ -290,8 +290,8 @@ def check_same(folder: Path, record: dict) -> None:
         if isinstance(was, dict) and isinstance(now, dict):     # name what differs only
             was, now = ({k: v for k, v in one.items() if v != other.get(k)}
                         for one, other in ((was, now), (now, was)))
-        raise ValueError(f"{folder}: {key} of the run, {was}, is now {now}; a run continues, and is "
-                         "evaluated, with the data and the base it began with only")
+        raise ValueError(f"{folder}: {key} of the run, {was}, is now {now}; a run continues, and "
+                         "is evaluated, with the data and the base it began with only")
 
 
 # ----------------------------------------------------------------------------------------------

@@ -220,13 +220,13 @@ def oracle_rows(world: SyntheticWorld, histories, true_p: np.ndarray,
     """What the best recommenders reach on these histories; true_p (n, N) is p(next | history).
 
     "order-aware" ranks by the distribution itself, and no recommender has a larger mean. Its
-    "reversed" row is the same recommender, misled by reversed histories. "order-blind" ranks by p averaged over
-    the orders that the items could have had, which is estimated from sampled orders. What a model
-    reaches above that row, beyond the errors, it owes to order.
+    "reversed" row is the same recommender, misled by reversed histories. "order-blind" ranks by p
+    averaged over the orders that the items could have had, which is estimated from sampled orders.
+    A model that scores higher than that row, beyond the errors, uses the order.
 
     In a world with a clock the distribution itself is "clock-aware", and "order-aware" is p
-    averaged over the gaps that the items in their order could have had. What a model reaches above that, it owes
-    to the clock.
+    averaged over the gaps that the items in their order could have had. A model that scores higher
+    uses the clock.
     """
     histories = [np.asarray(h) for h in histories]
     sizes, ranked = np.array([len(h) for h in histories]), {}
