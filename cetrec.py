@@ -11,7 +11,7 @@ llama.py, lora.py and data.py before it, evaluate.py after it.
     python cetrec.py --eval-only runs/synthetic-rope-1          evaluate a finished run again
 
 Shapes: B rows, T tokens, P tokens of the common prefix, C width, V vocabulary, M supervised tokens,
-A tokens of the longest answer.
+A tokens of the longest answer. D1 to D15 number what the paper leaves open; see docs/readings.md.
 """
 
 if __name__ == "__main__":
@@ -38,10 +38,16 @@ from support.counting import result_table
 from support.memory import rows_that_fit
 from support.options import TEMPORAL, Options, read_flags
 from support.terminal import exit_status
-from support.trie import recommenders
+from support.trie import make_recommenders
 
 # ----------------------------------------------------------------------------------------------
 # §4.2 Temporal embeddings
+
+
+def _angles(pos: Tensor, dim: int, base: float) -> Tensor:
+    """k / base^(2t/dim) for t = 0, 1, ..  (..) -> (.., dim/2)"""
+    pair = torch.arange(0, dim, 2, dtype=torch.float32, device=pos.device)
+    return pos[..., None].float() * base ** (-pair / dim)
 
 
 def sinusoidal(pos: Tensor, dim: int, base: float = 10_000.0) -> Tensor:
@@ -55,7 +61,7 @@ def sinusoidal(pos: Tensor, dim: int, base: float = 10_000.0) -> Tensor:
 
 
 def rotary(x: Tensor, pos: Tensor, base: float = 10_000.0) -> Tensor:
-    """R_k x of Eq. 4: the neighbours (x[2t], x[2t+1]) turn by the angle k / base^(2t/dim), k = pos.
+    """R_k x of Eq. 4: neighbours (x[2t], x[2t+1]) rotate by the angle k / base^(2t/dim), k = pos.
 
     (.., dim) and (..) -> (.., dim); dim is even. At position 0 nothing changes, bit for bit.
     """
@@ -65,20 +71,14 @@ def rotary(x: Tensor, pos: Tensor, base: float = 10_000.0) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
 
-def _angles(pos: Tensor, dim: int, base: float) -> Tensor:
-    """k / base^(2t/dim) for t = 0, 1, ..  (..) -> (.., dim/2)"""
-    pair = torch.arange(0, dim, 2, dtype=torch.float32, device=pos.device)
-    return pos[..., None].float() * base ** (-pair / dim)
-
-
 class TemporalLlama(nn.Module):
     """§4.2: a Llama in which every token of an item also carries the item's temporal embedding.
 
     Eq. 6 adds p_k to all tokens of item k, and nothing to tokens outside items. The paper leaves
-    open where its rotary variant turns (D2), so there are these kinds:
+    open where the rotary variant is applied (D2), so there are these kinds:
 
-    "rope"            the token embedding is turned by R_k at the input, where Eq. 6 adds p_k
-    "rope-attention"  queries and keys at token position t are turned by R_(t+k), as in Eq. 5
+    "rope"            the token embedding is rotated by R_k at the input, where Eq. 6 adds p_k
+    "rope-attention"  queries and keys at token position t are rotated by R_(t+k), as in Eq. 5
     "sinpe"           scale · p_k of Eq. 3 is added to the token embedding (D8)
     "none"            the plain Llama, which is BIGRec among the baselines of §5.1.3
     """
@@ -123,9 +123,9 @@ def erase_order(item_pos: Tensor) -> Tensor:
     """The counterfactual world: every item is at position 0, so its order is gone.  (B, T) -> same
 
     Tokens, items and weights stay as they are, and so does the order of the titles in the text:
-    what is erased is the temporal embedding. §4.3 gives every item p_0, "the earliest time", while
-    §4.2.1 gives p_0 to the newest item; we read it as the newest (D1). As R_0 is the identity, the
-    erased world of a rotary embedding is the plain Llama.
+    what is erased is the temporal embedding. §4.3 gives every item the p_0 of the first, earliest
+    item, while §4.2.1 gives p_0 to the newest; we read it as the newest (D1). As R_0 is the
+    identity, the erased world of a rotary embedding is the plain Llama.
     """
     return torch.where(item_pos == NO_ITEM, item_pos, 0)
 
@@ -156,46 +156,6 @@ def twin_forward(model: TemporalLlama, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits_f, logits_cf
 
 
-# ----------------------------------------------------------------------------------------------
-# §4.4 Losses. Targets (M,) are the tokens of the answers y (Eq. 1); means are over all of them
-
-
-def temporal_aware_loss(logits_f: Tensor, targets: Tensor) -> Tensor:
-    """L_TA = mean CE(f(x_t), y).  Eq. 9, which is Eq. 1 in the factual world."""
-    return F.cross_entropy(logits_f, targets)
-
-
-def counterfactual_loss(logits_f: Tensor, logits_cf: Tensor, targets: Tensor) -> Tensor:
-    """L_CT = mean CE(f(x_t) - f(x_0), y).  Eq. 8. Gradients flow through both worlds.
-
-    Eq. 7 defines the causal effect of order as a difference of two predictions f, and §4.4 calls f
-    a distribution. A difference of distributions sums to 0 and cannot enter a cross-entropy, so we
-    take f here as logits, as CFT's code does (D3). Where the worlds agree, the softmax of the
-    difference is uniform and the loss is ln V with zero gradient: L_CT begins to work once L_TA has
-    given the temporal embedding an influence. Over both worlds it is smallest where f(x_0) predicts
-    every token alike; docs/rewards.md has the argument.
-    """
-    effect = logits_f - logits_cf
-    return F.cross_entropy(effect, targets)
-
-
-def cetrec_loss(model: TemporalLlama, batch: Batch,
-                lambda_ct: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(L, L_TA, L_CT) with L = L_TA + λ L_CT.  Eq. 10. With λ = 0 one world is run; L_CT is None.
-    """
-    targets = batch.answers[batch.answers != IGNORE]
-    if lambda_ct == 0:
-        loss_ta = temporal_aware_loss(answer_logits(model, batch, batch.item_pos), targets)
-        return loss_ta, loss_ta, None
-    logits_f, logits_cf = twin_forward(model, batch)
-    loss_ta = temporal_aware_loss(logits_f, targets)
-    loss_ct = counterfactual_loss(logits_f, logits_cf, targets)
-    return loss_ta + lambda_ct * loss_ct, loss_ta, loss_ct
-
-
-Loss = Callable[[TemporalLlama, Batch, float], tuple[Tensor, Tensor, Tensor | None]]
-
-
 @torch.no_grad()
 def answer_log_likelihood(model: TemporalLlama, tokenizer: Tokenizer, sequences: Sequences,
                           batch_size: int = 64) -> np.ndarray:
@@ -216,6 +176,47 @@ def answer_log_likelihood(model: TemporalLlama, tokenizer: Tokenizer, sequences:
             log_p[answered] = -F.cross_entropy(logits, batch.answers[answered], reduction="none")
             out[start:start + len(part), world] = log_p.sum(dim=1).cpu().numpy()
     return out
+
+
+# ----------------------------------------------------------------------------------------------
+# §4.4 Losses. Targets (M,) are the tokens of the answers y (Eq. 1). The paper sums over them; we
+# take the mean
+
+
+def temporal_aware_loss(logits_f: Tensor, targets: Tensor) -> Tensor:
+    """L_TA = mean CE(f(x_t), y).  Eq. 9, which is Eq. 1 in the factual world."""
+    return F.cross_entropy(logits_f, targets)
+
+
+def counterfactual_loss(logits_f: Tensor, logits_cf: Tensor, targets: Tensor) -> Tensor:
+    """L_CT = mean CE(f(x_t) - f(x_0), y).  Eq. 8. Gradients flow through both worlds.
+
+    Eq. 7 is a difference of two probabilities, and §4.4 writes it as f(x_t) - f(x_0) with f a
+    distribution. A difference of distributions sums to 0 and cannot enter a cross-entropy, so we
+    take f here as logits, as CFT's code does (D3). Where the worlds agree, as with kind "none", the
+    softmax of the difference is uniform: the loss is ln V, and its gradient is zero. L_CT is
+    smallest wherever f(x_t) - f(x_0) = log p + constant. L_TA is smallest too only if f(x_0) gives
+    every token the same probability; docs/rewards.md has the argument.
+    """
+    effect = logits_f - logits_cf
+    return F.cross_entropy(effect, targets)
+
+
+def cetrec_loss(model: TemporalLlama, batch: Batch,
+                lambda_ct: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(L, L_TA, L_CT) with L = L_TA + λ L_CT.  Eq. 10. With λ = 0 one world is run; L_CT is None.
+    """
+    targets = batch.answers[batch.answers != IGNORE]
+    if lambda_ct == 0:
+        loss_ta = temporal_aware_loss(answer_logits(model, batch, batch.item_pos), targets)
+        return loss_ta, loss_ta, None
+    logits_f, logits_cf = twin_forward(model, batch)
+    loss_ta = temporal_aware_loss(logits_f, targets)
+    loss_ct = counterfactual_loss(logits_f, logits_cf, targets)
+    return loss_ta + lambda_ct * loss_ct, loss_ta, loss_ct
+
+
+Loss = Callable[[TemporalLlama, Batch, float], tuple[Tensor, Tensor, Tensor | None]]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def validation_loss(model: TemporalLlama, tokenizer: Tokenizer, sequences: Seque
         targets = int((batch.answers != IGNORE).sum())
         loss_ta = float(loss(model, batch.to(device_of(model)), 0)[1])
         total += torch.tensor([loss_ta * targets, targets], dtype=torch.float64)
-    processes.add_up([total])
+    processes.all_reduce_sum([total])
     return float(total[0] / total[1])
 
 
@@ -274,18 +275,18 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, toke
     """
     factors, device = tuned_parameters(model), device_of(model)
     optimizer = torch.optim.AdamW(factors, lr=tuning.lr, weight_decay=0.0)
-    done = progress.load_checkpoint(folder, optimizer)
+    state = progress.load_checkpoint(folder, optimizer)
     per_epoch, worlds = math.ceil(len(train_set) / tuning.batch_size), 1 + (tuning.lambda_ct > 0)
-    with progress.open_log(folder, done) as log, progress.open_bar(done, tuning.steps) as bar:
-        for epoch in range(len(done.validation), math.ceil(tuning.steps / per_epoch)):
-            if epoch and done.validation[-1] > min(done.validation):
+    with progress.open_log(folder, state) as log, progress.open_bar(state, tuning.steps) as bar:
+        for epoch in range(len(state.validation), math.ceil(tuning.steps / per_epoch)):
+            if epoch and state.validation[-1] > min(state.validation):
                 break                                   # the last epoch was no better (D5)
 
             model.train()
             steps = range(epoch * per_epoch + 1, tuning.steps + 1)
             for step, batch in zip(steps, batches(tokenizer, train_set, tuning.batch_size,
                                                   [tuning.seed, epoch])):
-                if step <= done.step:
+                if step <= state.step:
                     continue                            # it was made before an interruption
                 lr = learning_rate(step, tuning.steps, tuning.lr, tuning.warmup)
                 processes.seed_dropout(tuning.seed, step)
@@ -299,7 +300,7 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, toke
                     losses = loss(model, part.to(device), tuning.lambda_ct)
                     (share * losses[0]).backward()
                     total += share * torch.stack([x.detach() for x in losses if x is not None])
-                processes.add_up([p.grad for p in factors if p.grad is not None] + [total])
+                processes.all_reduce_sum([p.grad for p in factors if p.grad is not None] + [total])
 
                 norm = nn.utils.clip_grad_norm_(factors, 1.0)
                 if not norm.isfinite():
@@ -308,20 +309,21 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, toke
                 optimizer.step()
                 optimizer.zero_grad()
 
-                done.step = step
-                if progress.log_step(log, bar, done, total.tolist(), tuning.lambda_ct, lr, device):
-                    progress.save_checkpoint(folder, optimizer, done, log)
+                state.step = step
+                if progress.log_step(log, bar, state, total.tolist(), tuning.lambda_ct, lr, device):
+                    progress.save_checkpoint(folder, optimizer, state, log)
 
-            done.validation.append(
+            state.validation.append(
                 validation_loss(model, tokenizer, valid_set, tuning.batch_size, loss))
-            if progress.log_validation(log, bar, done):         # the best so far
-                done.best = [p.detach().clone() for p in factors]
+            if progress.log_validation(log, bar, state):         # the best so far
+                state.best = [p.detach().clone() for p in factors]
                 runs.save_adapter(model, folder, settings)
-            progress.save_checkpoint(folder, optimizer, done, log)
+            progress.save_checkpoint(folder, optimizer, state, log)
 
-    for p, best in zip(factors, done.best):
+    for p, best in zip(factors, state.best):
         p.data.copy_(best)
-    return {"steps": done.step, "validation_ta": done.validation, "seconds": done.total_seconds()}
+    seconds = state.total_seconds()
+    return {"steps": state.step, "validation_ta": state.validation, "seconds": seconds}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -336,12 +338,12 @@ def add_factors(model: TemporalLlama, options: Options) -> None:
 
 
 def evaluate(inputs: runs.RunInputs, model: TemporalLlama,
-             lists: dict[str, Recommender]) -> tuple[dict, dict]:
+             recommenders: dict[str, Recommender]) -> tuple[dict, dict]:
     """The result table with the effect of order, and arrays by test sequence."""
     model.eval()
     options, (train_set, _, test_set) = inputs.options, inputs.splits
     test_set = test_set.sample(options.eval_sequences, options.seed)
-    results, arrays = result_table(lists, train_set, test_set, inputs.synthetic,
+    results, arrays = result_table(recommenders, train_set, test_set, inputs.synthetic,
                                    options.exclude_history)
     if model.kind != "none":
         log_p = answer_log_likelihood(model, inputs.tokenizer, processes.my_sequences(test_set))
@@ -351,7 +353,7 @@ def evaluate(inputs: runs.RunInputs, model: TemporalLlama,
 
 
 def tune_and_evaluate(inputs: runs.RunInputs, model: TemporalLlama,
-                      lists: dict[str, Recommender], folder: Path,
+                      recommenders: dict[str, Recommender], folder: Path,
                       loss: Loss = cetrec_loss) -> None:
     """Tune the factors, evaluate what they recommend, write and print it.
 
@@ -360,16 +362,16 @@ def tune_and_evaluate(inputs: runs.RunInputs, model: TemporalLlama,
     options, (train_set, valid_set, _) = inputs.options, inputs.splits
     if options.shard:
         processes.shard(model, inputs.device)
-    epoch = options.epoch(train_set)
-    steps, warmup = options.schedule(len(epoch))
+    train_set = options.repeat_if_small(train_set)
+    steps, warmup = options.schedule(len(train_set))
     tuned = sum(p.numel() for p in tuned_parameters(model))
     print(f"tuning {tuned:,} parameters | temporal {options.temporal} | λ = "
           f"{options.lambda_ct:g} | at most {steps:,} steps, {warmup} of them warm-up")
     tuning = Tuning(options.lambda_ct, options.lr, options.batch_size, steps, warmup, options.seed,
                     options.micro_batch, options.recompute)
-    found = train(model, epoch, valid_set.sample(1_000, options.seed), inputs.tokenizer, tuning,
+    found = train(model, train_set, valid_set.sample(1_000, options.seed), inputs.tokenizer, tuning,
                   folder, inputs.record["settings"], loss)
-    results, arrays = evaluate(inputs, model, lists)
+    results, arrays = evaluate(inputs, model, recommenders)
     runs.finish(folder, inputs.record | {"tuning": found} | results, arrays, inputs.catalogue)
     print(f"its tables and figures: python -m experiments.report {str(folder)!r}")
 
@@ -379,10 +381,10 @@ def new_run(options: Options, out: Path) -> Path:
     inputs = runs.open_inputs(options, out)
     model = TemporalLlama(inputs.llama, options.temporal, options.sinpe_scale)
     add_factors(model, options)
-    lists = recommenders(model, inputs.catalogue, options)      # some refuse the tokenizer: now
+    recommenders = make_recommenders(model, inputs.catalogue, options)
     folder = runs.start(out, options.temporal, inputs)
     with runs.resumable(folder):
-        tune_and_evaluate(inputs, model, lists, folder)
+        tune_and_evaluate(inputs, model, recommenders, folder)
     return folder
 
 
@@ -391,9 +393,9 @@ def resume(folder: Path, flags: dict) -> None:
     inputs = runs.reopen(folder, flags, "--resume")
     model = TemporalLlama(inputs.llama, inputs.options.temporal, inputs.options.sinpe_scale)
     add_factors(model, inputs.options)
-    lists = recommenders(model, inputs.catalogue, inputs.options)
+    recommenders = make_recommenders(model, inputs.catalogue, inputs.options)
     with runs.resumable(folder):
-        tune_and_evaluate(inputs, model, lists, folder)
+        tune_and_evaluate(inputs, model, recommenders, folder)
 
 
 def open_tuned(folder: Path, flags: dict, command: str) -> tuple[runs.RunInputs, TemporalLlama]:
@@ -409,8 +411,8 @@ def evaluate_again(folder: Path, flags: dict) -> None:
     inputs, model = open_tuned(folder, flags, "--eval-only")
     if inputs.options.shard:
         processes.shard(model, inputs.device)
-    lists = recommenders(model, inputs.catalogue, inputs.options)
-    results, arrays = evaluate(inputs, model, lists)
+    recommenders = make_recommenders(model, inputs.catalogue, inputs.options)
+    results, arrays = evaluate(inputs, model, recommenders)
     runs.finish(folder, inputs.record | results, arrays, inputs.catalogue, "eval")
 
 

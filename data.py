@@ -2,9 +2,9 @@
 
 This file implements §3.1 (the prompt and its answer) and §5.1.1 (sequences and splits). It needs
 no other file of ours; read it after llama.py. Raw files and the paper's filters are in
-support/datasets.py.
+support/datasets.py. D1 to D15 number what the paper leaves open; see docs/readings.md.
 
-Shapes: N items of the catalogue, B rows of a batch, P tokens of the common prefix, T tokens behind
+Shapes: N items of the catalogue, B rows of a batch, P tokens of the common prefix, T tokens after
 it, A tokens of the batch's longest answer.
 """
 
@@ -27,7 +27,7 @@ IGNORE = -100       # label of a token that is not part of the answer
 
 @dataclass(frozen=True)
 class Interactions:
-    """Who took which item when. The order of the rows is that of the file they were read from."""
+    """Who interacted with which item, and when, in the order of the file."""
 
     users: np.ndarray           # (rows,) int64
     items: np.ndarray           # (rows,) int64, an index into titles
@@ -168,8 +168,8 @@ def build_prompt(history_titles: Iterable[str],
     """The prompt of Table 1, and where each title stands in it: character spans [start, end).
 
     Training, inference and every other use of a prompt call this one function: a prompt that
-    differs by a single space between training and inference is another prompt to the model. Titles
-    are joined by hand rather than by str.format, because they may hold braces.
+    differs by a single space between training and inference is another prompt to the model. The
+    text is built title by title, so that each title's span is known.
     """
     before, after = TEMPLATE.split("{history}")
     words = DOMAINS[domain]
@@ -197,7 +197,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer.json, which also decides whether a text begins with BOS, and its special ids.
+    """A tokenizer and its special ids. tokenizer.json decides whether a text begins with BOS.
 
     Some checkpoints end an answer with one of several tokens. Each of them ends a generated answer.
     """
@@ -208,7 +208,7 @@ class Tokenizer:
     pad_id: int = 0                 # fills the beginnings of rows, where no token looks at it
 
     def __post_init__(self) -> None:
-        self.bpe.encode_special_tokens = True       # a title that says "</s>" ends no answer
+        self.bpe.encode_special_tokens = True       # "</s>" in a title is ordinary text
 
     def decode(self, tokens: list[int]) -> str:
         """Token ids -> text without special tokens."""
@@ -246,8 +246,9 @@ def item_positions(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int
     """k of the item that each token belongs to, or NO_ITEM (Eq. 6).
 
     offsets and spans: the characters [start, end) of each token and of each title. A token that
-    overlaps a title belongs to it, even where it reaches over a quote, as `)",` does. The token ids
-    of a title cannot tell where it stands, because they depend on what is around it.
+    overlaps a title belongs to it, even where it reaches over a quote, as `)",` does. A title's
+    token ids cannot be searched for, because a tokenizer may split it differently beside other
+    characters.
 
         text       ...  before:"  Heat  ", "  Toy   Story  "\n  ...
         item_pos       -1  -1     1    -1    0     0     -1          k of the newest item is 0
@@ -271,7 +272,7 @@ def encode_example(tokenizer: Tokenizer, history_titles: Sequence[str], target_t
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All items as a language model meets them: by title, tokenised, named in a prompt."""
+    """The items' titles, with the tokenizer and the domain that put them into prompts."""
 
     titles: Sequence[str]           # (N,)
     domain: str
@@ -310,8 +311,8 @@ class Batch:
     pad and for IGNORE:
 
         prefix (P,)      tokens (B, T)                               answers (B, A)
-        BOS Below is…     .   .    "  Heat " … :\n  "   Toy  "        .   "    Toy   "     <eos>
-                          "  Alien "  , … :\n  "  The  Ma  trix "     "   The  Ma   trix "  <eos>
+        BOS Below is…     .   .    "  Heat " … :\n  "   Toy  "        .    .    "    Toy  "  <eos>
+                          "  Alien "  , … :\n  "  The  Ma  trix "     "   The   Ma   trix "  <eos>
     """
 
     prefix: Tensor          # (P,), no item among it
@@ -339,10 +340,9 @@ class Batch:
 
 
 def common_prefix(examples: Sequence[Example]) -> int:
-    """How many tokens all rows begin with, before any item or answer, less one.
+    """The number of tokens that all rows share before any item or answer, less one.
 
-    What the last common token predicts may be the first token of a title or of an answer, so that
-    token is left to the rows.
+    The last shared token may predict the first token of an answer, so it stays in the rows.
     """
     rows = [zip(e.tokens, e.item_pos, e.labels) for e in examples]
     common = 0
@@ -375,7 +375,7 @@ def batches(tokenizer: Tokenizer, sequences: Sequences, batch_size: int, seed: S
             shuffle_histories: bool = False) -> Iterator[Batch]:
     """One epoch of batches in random order, which depends on the seed only.
 
-    shuffle_histories puts the items of each history into random order, too; the embedded base
+    shuffle_histories puts the items of each history into random order, too; the built-in base
     model is trained so (support/tiny.py).
 
     32 batches are drawn together and sorted by length, to reduce padding; then their order is made

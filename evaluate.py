@@ -3,8 +3,9 @@
 This file knows a model only as something that maps (tokens, item_pos, positions, mask, past, last)
 to hidden states with keys and values, and hidden states to logits. Read it after cetrec.py.
 Beams that stay on the catalogue's titles, which the paper does not have, are in support/trie.py.
+D1 to D15 number what the paper leaves open; see docs/readings.md.
 
-Shapes: B prompts, W beams, P tokens of the common prefix, T tokens behind it, S = P + T, C width,
+Shapes: B prompts, W beams, P tokens of the common prefix, T tokens after it, S = P + T, C width,
 V vocabulary, N items of the catalogue, n histories.
 """
 
@@ -72,14 +73,15 @@ def beam_search(model: Model, prompts: Sequence[Prompt], beams: int = 5, max_new
     prefix_allowed_tokens_fn(b, answer) lists the tokens that may follow the beginning of an answer
     to prompt b.
 
-    The beams of a prompt are W queries of one row behind its keys and values. A new token looks at
-    its prompt and its own ancestors, so keys and values are never copied from beam to beam.
+    The W beams of a prompt share one row: each step adds W columns to it, and the mask lets a token
+    look at its prompt and at its own beam's earlier tokens only. So keys and values are never
+    copied from beam to beam.
     """
     logits, past, seen = read_prompts(model, prompts)
     (B, V), W, device = logits.shape, beams, logits.device
     log_p = logits.log_softmax(dim=-1)[:, None].expand(B, W, V)
     looks_at = seen[:, None].expand(B, W, -1)                                   # (B, W, S)
-    dead: Beam = (-math.inf, 0, [0])
+    dead: Beam = (-math.inf, 0, [0])        # fills unused beams; its token is never read
     alive: list[list[Beam]] = [[(0.0, 0, []), *[dead] * (W - 1)] for _ in range(B)]
     ended: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]         # score, tokens
     for g in range(1, max_new_tokens + 1):
@@ -88,6 +90,7 @@ def beam_search(model: Model, prompts: Sequence[Prompt], beams: int = 5, max_new
         if prefix_allowed_tokens_fn is not None:
             log_p = keep_allowed(log_p, alive, prefix_allowed_tokens_fn)
         sums = torch.tensor([[total for total, _, _ in row] for row in alive], device=device)
+        # Of that many continuations at least W do not end, and transformers takes as many.
         best = (sums[..., None] + log_p).flatten(1).topk(max(2, 1 + len(eos_ids)) * W)
         for b, (totals, indices) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
             going = []
@@ -293,6 +296,7 @@ class GroundedBeams:
         if not beam_texts:
             return out
         distinct = sorted({text for texts in beam_texts.values() for text in texts})
+        # Enough neighbours for ten to be left without those of the history.
         length = min(len(catalogue.titles), LENGTH + max(map(len, histories)))
         with embedder:
             near = dict(zip(distinct, ground(model, distinct, catalogue, length).tolist()))
@@ -378,8 +382,9 @@ def evaluate_order(recommenders: dict[str, Recommender], test_set: Sequences,
                    true_p: np.ndarray | None = None) -> tuple[dict[str, Scores], dict]:
     """Recommend for the test histories as they are, reversed and shuffled (§5.4).
 
-    All items of the catalogue are candidates (§5.1.2). true_p: see list_values. Returns the rows of
-    a table, and arrays by test sequence: what was recommended, and its metrics.
+    All items of the catalogue are candidates (§5.1.2). With index "time" the ages stay where they
+    are: the first title read is always the oldest. true_p: see list_values. Returns the rows of a
+    table, and arrays by test sequence: what was recommended, and its metrics.
     """
     n = len(test_set)
     histories, targets = [test_set.history(i) for i in range(n)], test_set.items[test_set.targets]

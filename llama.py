@@ -1,4 +1,4 @@
-"""Llama 3 in plain PyTorch, without state: the frozen weights Θ of the paper (§3.2, Eq. 4 and 5).
+"""Llama 3 in plain PyTorch: the network f_Θ of Eq. 1, with the attention of §3.2 (Eq. 4 and 5).
 
 Read this file first; it imports nothing of ours. A forward pass takes token embeddings, their
 positions, a mask, and the keys and values of earlier tokens. It returns hidden states, and the keys
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 KeysValues = tuple[Tensor, Tensor]      # keys and values of one block, (B or 1, G, S, D) each
 
 # ----------------------------------------------------------------------------------------------
-# Rotary positions (Eq. 4)
+# Rotation (Eq. 4)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -41,6 +41,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------
+# Configuration
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,14 @@ class LlamaConfig:
             raise ValueError(f"{path}: {error} is missing") from None
 
 
+# ----------------------------------------------------------------------------------------------
+# Attention over rotated positions (Eq. 4 and 5)
+
+
 def inverse_frequencies(config: LlamaConfig, device: torch.device | None = None) -> Tensor:
-    """Θ of Eq. 4: θ_i = rope_theta^(-2i/D) for the pairs i = 0 .. D/2 - 1.  -> (D/2,)
+    """θ_i = rope_theta^(-2i/D) for the pairs i = 0 .. D/2 - 1.  -> (D/2,)
+
+    Eq. 4 calls them Θ, as it does the weights.
 
     With "llama3" scaling (Llama 3.1 and 3.2), pairs that do not complete a full turn within the
     original context are slowed down, pairs that complete many turns are kept, and those in between
@@ -122,10 +132,6 @@ def inverse_frequencies(config: LlamaConfig, device: torch.device | None = None)
     return inv_freq
 
 
-# ----------------------------------------------------------------------------------------------
-# Attention (Eq. 5)
-
-
 def token_positions(padding: Tensor, T: int, P: int = 0) -> Tensor:
     """Positions of T tokens that follow P earlier ones; pads in front of a row do not count.
 
@@ -140,9 +146,9 @@ def causal_mask(padding: Tensor, T: int, P: int = 0) -> Tensor:
     No token looks at a pad. A pad looks at itself, because a softmax over nothing is not a number.
     padding (B,): how many pads each row begins with.  -> (B, 1, T, P + T) bool
     """
-    column = torch.arange(T, device=padding.device)
-    row = column[:, None]
-    causal = (column <= row) & (column >= padding[:, None, None]) | (column == row)
+    key = torch.arange(T, device=padding.device)
+    query = key[:, None]
+    causal = (key <= query) & (key >= padding[:, None, None]) | (key == query)
     return F.pad(causal, (P, 0), value=True)[:, None]
 
 
@@ -170,14 +176,15 @@ class Attention(nn.Module):
                 last: int) -> tuple[Tensor, KeysValues]:
         """x (B, T, C) -> (B, T or last, C), and the keys and values of all S tokens.
 
-        Every token needs a key and a value. Queries are needed for the last columns only.
+        cos and sin (B or 1, 1, T, D/2); mask (B or 1, 1, T, S). Every token needs a key and a
+        value. Queries are needed for the last columns only.
         """
         k = rotate(self.heads(self.k_proj(x)), cos, sin)                        # (B, G, T, D)
         v = self.heads(self.v_proj(x))
-        if past is not None:                                                    # -> (B, G, S, D)
+        if past is not None:                # one row of past may serve all B;  -> (B, G, S, D)
             k, v = (torch.cat((old.expand(len(x), -1, -1, -1), new), dim=2)
                     for old, new in zip(past, (k, v)))
-        x, mask = x[:, -last:], mask[:, :, -last:]          # -0: keeps all columns
+        x, mask = x[:, -last:], mask[:, :, -last:]          # last = 0 keeps all: [-0:] is [0:]
         cos, sin = cos[..., -last:, :], sin[..., -last:, :]
         q = rotate(self.heads(self.q_proj(x)), cos, sin)                        # (B, H, last, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -220,7 +227,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and beside a residual connection.
+    """Attention and MLP, each after a norm and beside a residual connection.
 
         x = x + attention(norm(x));  x = x + mlp(norm(x))
     """
@@ -287,7 +294,7 @@ class Llama(nn.Module):
         positions = token_positions(no_padding, T, P) if positions is None else positions
         mask = causal_mask(no_padding, T, P) if mask is None else mask
         angles = positions[..., None].float() * inverse_frequencies(self.config, x.device)
-        angles = angles.unflatten(-2, (1, T))               # (B, 1, T, D/2), for all heads
+        angles = angles.unsqueeze(-3)                       # (B, 1, T, D/2), for all heads
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
         present = []
@@ -362,18 +369,20 @@ def load_llama(folder: str | Path, device: torch.device | str = "cpu",
     config = LlamaConfig.from_folder(folder)
     with torch.device("meta"):
         model = Llama(config)
-    weights = {name: read_tensor(*place).to(device, dtype, copy=True)
-               for name, place in find_tensors(Path(folder), model).items()}
-    if config.tie_word_embeddings:                      # one parameter, not two of the same values
+    weights = {name: read_tensor(file, stored).to(device, dtype, copy=True)
+               for name, (file, stored) in find_tensors(Path(folder), model).items()}
+    if config.tie_word_embeddings:                      # load_state_dict wants both names
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
     model.load_state_dict(weights, assign=True)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings:                      # and made two parameters of them
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
 
 
 def save_llama(model: Llama, folder: str | Path) -> None:
-    """Write config.json and model.safetensors under published names; each file appears whole.
+    """Write config.json and model.safetensors under published names.
+
+    Each is written under another name first and then renamed, so it is never half-written.
 
     Raises ValueError for a model that carries LoRA factors.
     """

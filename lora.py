@@ -1,6 +1,6 @@
 """LoRA: low-rank factors Φ beside the frozen weights Θ (§3.1, Eq. 2).  y = W x + (α/R) B A x
 
-Eq. 2 maximises the likelihood of Eq. 1 over Φ alone, with Θ fixed. Φ are two thin matrices beside
+Eq. 2 minimises the loss of Eq. 1 over Φ alone, with Θ fixed. Φ are two thin matrices beside
 some of the model's linear maps: instead of the out · in numbers of a change to W, only the R (in +
 out) numbers of B and A are trained. So an 8B model has a few million trainable numbers, and only
 these need gradients and optimizer states.
@@ -9,7 +9,7 @@ these need gradients and optimizer states.
         └── dropout ── A (R, in) ── B (out, R) ── · α/R ┘
 
 This file adds the factors to any module, and reads and writes them in the files of the peft library
-(adapter_config.json, adapter_model.safetensors). It needs torch only.
+(adapter_config.json, adapter_model.safetensors). It needs no other file of ours.
 
 Left out: DoRA, rank-stabilised scaling, biases, modules saved whole, ranks that differ by layer.
 Files that have them are refused by name.
@@ -43,9 +43,10 @@ READ_BELOW = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Where the factors go and how they count.
+    """Which linear maps get factors, and their rank, scale and dropout.
 
-    The paper gives none of these (D5). The defaults are those of BIGRec, which it builds on.
+    The paper gives none of these (D5 in docs/readings.md). The defaults are those of BIGRec, which
+    it builds on.
     """
 
     rank: int = 8
@@ -54,14 +55,13 @@ class LoraConfig:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
-        number, targets = (int, float), set(self.targets)
         for name, sound, expected in (
                 ("rank", type(self.rank) is int and 0 < self.rank <= 10**5, "a positive integer"),
-                ("alpha", type(self.alpha) in number and 0 < self.alpha < 1e18,
+                ("alpha", type(self.alpha) in (int, float) and 0 < self.alpha < 1e18,
                  "a positive number"),
-                ("dropout", type(self.dropout) in number and 0 <= self.dropout < 1,
+                ("dropout", type(self.dropout) in (int, float) and 0 <= self.dropout < 1,
                  "a number in [0, 1)"),
-                ("targets", targets and targets <= set(ALL_LINEAR), f"some of {ALL_LINEAR}")):
+                ("targets", set() < {*self.targets} <= {*ALL_LINEAR}, f"some of {ALL_LINEAR}")):
             if not sound:
                 raise ValueError(f"LoRA {name} is {getattr(self, name)!r}; wanted {expected}")
 
@@ -126,13 +126,13 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float 
     config = LoraConfig(rank, alpha, dropout, tuple(targets))
     if _adapted(model):
         raise ValueError("this model has LoRA factors already; merge_lora(model) first")
-    for p in model.parameters():
-        p.requires_grad_(False)
     found = [(parent, name, child) for parent in model.modules() for name, child in
              parent.named_children() if isinstance(child, nn.Linear) and name in config.targets]
     if absent := set(config.targets) - {name for _, name, _ in found}:
         raise ValueError(f"LoRA targets {', '.join(sorted(absent))}: no such linear map in the "
                          f"model")
+    for p in model.parameters():
+        p.requires_grad_(False)
     for parent, name, child in found:
         setattr(parent, name, LoraLinear(child, config))
     return lora_parameters(model)
@@ -140,7 +140,7 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float 
 
 @contextmanager
 def without_factors(model: nn.Module) -> Iterator[nn.Module]:
-    """In this context the model computes what its base does; the factors stay, and come back.
+    """In this context the factors are switched off.
 
     Grounding with the base's weights, as BIGRec does it, uses this (D11).
     """
@@ -157,7 +157,7 @@ def without_factors(model: nn.Module) -> Iterator[nn.Module]:
 def merge_lora(model: nn.Module) -> None:
     """Replace W by W + (α/R) B A and drop the factors.
 
-    The sum is formed in float32 and stored in W's precision. The outcome is another base.
+    The sum is formed in float32 and stored in W's precision. The result is a plain model.
     """
     _unwrap(model, lambda m: nn.Parameter(
         (m.weight.float() + m.config.scale * (m.B @ m.A)).to(m.weight.dtype).detach(),
@@ -178,13 +178,13 @@ def _unwrap(model: nn.Module, weight) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The factors under peft's names, which begin where the published model does."""
+    """The factors under peft's names: base_model.model.model. + our name + .lora_A or .lora_B."""
     return {f"base_model.model.model.{name[name.index('layers.'):]}.lora_{factor}.weight":
             getattr(m, factor).data for name, m in _adapted(model).items() for factor in "AB"}
 
 
 def save_lora(model: nn.Module, folder: str | Path, base_model: str | None = None) -> None:
-    """Write adapter_model.safetensors and adapter_config.json; each file appears whole.
+    """Write adapter_model.safetensors and adapter_config.json, neither of them half-written.
 
     base_model: its folder or Hub name, which peft reads as `base_model_name_or_path`.
     """
@@ -235,17 +235,18 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
     """Add factors with the settings of the folder and read them strictly. Returns the factors.
 
     peft silently drops the temporal embedding: an adapter of ours that is loaded there runs without
-    it. Raises FileNotFoundError or ValueError, which name the file, and leaves the model as it was.
+    it. Raises FileNotFoundError or ValueError, which name the file. After an error no factors are
+    left in the model.
     """
     path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     try:
         config, stored = _read_config(path), load_file(weights)
+        factors = add_lora(model, **asdict(config))
     except SafetensorError as error:
         raise ValueError(f"{weights}: damaged or truncated ({error})") from None
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         fault = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: {fault}") from None
-    factors = add_lora(model, **asdict(config))
     tensors = _tensors(model)
     wrong = sorted(name for name in tensors.keys() | stored.keys() if name not in tensors or
                    name not in stored or tensors[name].shape != stored[name].shape

@@ -16,7 +16,7 @@ from experiments.report import paired_bootstrap
 from support.counting import format_table
 from support.options import OF_BEAMS, Options, add_flags, as_flag, parse
 from support.terminal import Parser, exit_status
-from support.trie import recommenders
+from support.trie import make_recommenders
 
 TRIED = OF_BEAMS | {"exclude_history"}
 
@@ -40,7 +40,7 @@ def choose(folder: Path, flags: dict) -> None:
                 f"{as_flag(key)} {value}")
         ways[name] = replace(options, **{key: value})
     for name, changed in ways.items():
-        (recommend,) = recommenders(model, inputs.catalogue, changed).values()
+        (recommend,) = make_recommenders(model, inputs.catalogue, changed).values()
         lists = recommend(histories, ages, progress=name)
         values[name] = list_values(lists.items, valid_set.items[valid_set.targets], true_p)
 

@@ -47,7 +47,7 @@ from support.options import OF_BEAMS, Options, Where, add_flags, as_flag, defaul
 from support.processes import first_process_first
 from support.runs import RunInputs
 from support.terminal import Parser, exit_status
-from support.trie import TitleBeams, recommenders
+from support.trie import TitleBeams, make_recommenders
 
 # ----------------------------------------------------------------------------------------------
 # CFT: the effect of the history instead of the effect of its order
@@ -388,7 +388,7 @@ def cft(options: Options, out: Path) -> None:
     inputs = open_as("cft", options, out)
     model = TemporalLlama(inputs.llama, "none")
     add_factors(model, options)
-    lists = recommenders(model, inputs.catalogue, options)
+    lists = make_recommenders(model, inputs.catalogue, options)
     prompt = prompt_without_history(inputs.tokenizer, inputs.splits[0].domain)
     folder = runs.start(out, "cft", inputs)
     tune_and_evaluate(inputs, model, lists, folder, partial(cft_loss, prompt=prompt))
@@ -401,11 +401,11 @@ def llara(options: Options, out: Path) -> None:
     inputs = replace(inputs, tokenizer=HybridTokenizer(**vars(inputs.tokenizer),
                                                        item_tokens=tokens))
     z = item_table(inputs, out)
-    steps, _ = options.schedule(len(options.epoch(inputs.splits[0])))
+    steps, _ = options.schedule(len(options.repeat_if_small(inputs.splits[0])))
     torch.manual_seed(options.seed)         # whether or not a SASRec had to be trained
     model = LLaRA(inputs.llama, z, steps, options.seed)
     add_factors(model, options)
-    lists = recommenders(model, inputs.catalogue, options)
+    lists = make_recommenders(model, inputs.catalogue, options)
     folder = runs.start(out, "llara", inputs)
     tune_and_evaluate(inputs, model, lists, folder, llara_loss)
 

@@ -28,7 +28,7 @@ from support import runs
 from support.files import write_json
 from support.options import Options, Where, add_flags, flag, parse
 from support.terminal import Parser, exit_status
-from support.trie import recommenders
+from support.trie import make_recommenders
 
 # ----------------------------------------------------------------------------------------------
 # Another index (D1), and a text whose order says nothing
@@ -161,7 +161,7 @@ def run(name: str, options: Options, out: Path) -> None:
     inputs = replace(inputs, tokenizer=reading.tokenizer(**vars(inputs.tokenizer)))
     model = reading.model(inputs.llama, options.temporal, options.sinpe_scale)
     add_factors(model, options)
-    lists = recommenders(model, inputs.catalogue, options)
+    lists = make_recommenders(model, inputs.catalogue, options)
     folder = runs.start(out, options.temporal if name == "stated" else name, inputs)
     tune_and_evaluate(inputs, model, lists, folder, reading.loss)
     write_json(folder / "worlds.json", {"notes": reading.notes})    # in order, for each part

@@ -40,7 +40,7 @@ from support.options import Options, Where, add_flags, as_flag, parse
 from support.processes import rank
 from support.runs import open_inputs, resumable, start
 from support.terminal import Parser, exit_status
-from support.trie import recommenders
+from support.trie import make_recommenders
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = {"data", "data_dir", "sample", "model", "chronological", "limit_train", "lr", "epochs",
@@ -423,7 +423,7 @@ def run_again(folder: Path, flags: dict) -> None:
     inputs = open_inputs(options, out, source, same_as=folder)
     model = TemporalLlama(inputs.llama, options.temporal, options.sinpe_scale)
     add_factors(model, options)
-    lists = recommenders(model, inputs.catalogue, options)
+    lists = make_recommenders(model, inputs.catalogue, options)
     again = start(out, options.temporal, inputs)
     with resumable(again):
         tune_and_evaluate(inputs, model, lists, again)

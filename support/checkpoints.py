@@ -91,8 +91,8 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str) and bpe.token_to_id(token) is not None:
             found.append(bpe.token_to_id(token))
-        given = generation.get(f"{kind}_token_id", config.get(f"{kind}_token_id"))
-        for value in given if isinstance(given, list) else [given]:
+        stored = generation.get(f"{kind}_token_id", config.get(f"{kind}_token_id"))
+        for value in stored if isinstance(stored, list) else [stored]:
             if type(value) is int and value >= 0:       # older files say -1 for "none"
                 found.append(value)
     if not ids["eos"]:
@@ -128,11 +128,11 @@ def check_config(folder: str | Path) -> LlamaConfig:
         config = LlamaConfig.from_folder(folder)
         for f in fields(config):
             value = getattr(config, f.name)
-            sound, wanted = {
+            sound, expected = {
                 int: (type(value) is int and 0 < value < 10**8, "a positive integer below 10^8"),
                 float: (positive(value), "a positive number"),
                 bool: (type(value) is bool, "true or false")}.get(f.type, (True, ""))
-            require(sound, f"{f.name} is {value!r}; wanted {wanted}")
+            require(sound, f"{f.name} is {value!r}; wanted {expected}")
         H, G, L = (config.num_attention_heads, config.num_key_value_heads,
                    config.num_hidden_layers)
         require(L <= 1_000, f"num_hidden_layers is {L}; the deepest Llama has 126")

@@ -241,10 +241,10 @@ class Options:
         return Decoding(self.beams, self.length_penalty, self.ground_with, self.ground_list,
                         self.exclude_history)
 
-    def epoch(self, train_set: Sequences) -> Sequences:
-        """The sequences of an epoch: the training split, several times over if it is so small that
-        a pass has few steps. Tuning stops after an epoch that is no better, and after ten steps
-        that cannot be told."""
+    def repeat_if_small(self, train_set: Sequences) -> Sequences:
+        """The training split, several times over if it is so small that a pass has few steps.
+
+        Tuning stops after an epoch that is no better, and ten steps are too few to judge that."""
         steps = math.ceil(len(train_set) / self.batch_size)
         passes = max(1, self.least_steps // 6 // steps)
         return train_set.select(np.tile(np.arange(len(train_set)), passes))

@@ -75,7 +75,7 @@ def agreed(value):
     return box[0]
 
 
-def add_up(tensors: list[Tensor]) -> None:
+def all_reduce_sum(tensors: list[Tensor]) -> None:
     """Put the sums over all processes into these tensors. They travel as one."""
     if processes() > 1:
         flat = torch.cat([x.flatten() for x in tensors])

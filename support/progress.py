@@ -102,7 +102,8 @@ def open_bar(progress: Progress, total: int, name: str = "tuning") -> tqdm:
 
 def log_step(log: TextIO, bar: tqdm, progress: Progress, losses: list[float], lambda_ct: float,
              lr: float, device: torch.device, name: str = "") -> bool:
-    """Write a step to the log and to the moving line; print the line for six steps of all.
+    """Write a step to the log and to the moving line; print it at the first and
+    the last step, and at every fifth of all steps.
 
     losses: L, L_TA and, where two worlds were run, L_CT. Returns whether it is time for a
     checkpoint: the line was printed, or the last checkpoint is more than a minute old.
@@ -175,7 +176,7 @@ def save_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, progress: Pr
                     log: TextIO) -> None:
     """Write checkpoint.safetensors: factors, moments, the best factors, and how far tuning has got.
 
-    The log that belongs to it is on the disk before.
+    The log is flushed to the disk first.
     """
     progress.saved = time.perf_counter()
     if rank():

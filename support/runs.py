@@ -394,7 +394,8 @@ def load_adapter(model, folder: Path, settings: dict) -> None:
     """Add the folder's factors to a model of the settings that they were tuned with.
 
     Raises FileNotFoundError or ValueError: files absent or damaged; another base model or temporal
-    embedding than in the settings, both named. An adapter that peft made has none: see load_lora.
+    embedding than in the settings, both named. An adapter that peft
+    wrote has no temporal.json; load it with lora.load_lora.
     """
     path = Path(folder) / "temporal.json"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The embedded base: a small Llama that knows titles and what goes with what, but no order.
+"""The built-in base: a small Llama that knows titles and what goes with what, but no order.
 
 It is trained from scratch on the training split with every history shuffled. So whatever a model
 tuned from it knows about order, it has learned in tuning. It is written as an ordinary checkpoint
@@ -102,7 +102,7 @@ def supervise_titles(batch: Batch) -> Batch:
 
 def tiny_base(root: Path, splits: tuple[Sequences, ...], seed: int, device: torch.device,
               recipe: TinyBase) -> Path:
-    """The checkpoint folder of the embedded base, made of splits[0] on first use, kept below root.
+    """The checkpoint folder of the built-in base, made of splits[0] on first use, kept below root.
 
     The folder's name is a digest of all that it was made from. Raises ValueError, before anything
     is made, if a prompt of any split exceeds the base's context.

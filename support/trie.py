@@ -87,8 +87,7 @@ class Trie:
             self.items.setdefault(tuple(answer), []).append(item)
 
     def children(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """All children of the given nodes, as two arrays: which of the given is the parent, child.
-        """
+        """All children of some nodes: (rows, children), children[i] being one of nodes[rows[i]]."""
         counts = self.first[nodes + 1] - self.first[nodes]
         rows = np.repeat(np.arange(len(nodes)), counts)
         within = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)
@@ -229,7 +228,8 @@ class ExactTitles:
         return out
 
 
-def recommenders(model: Model, catalogue: Catalogue, options: Options) -> dict[str, Recommender]:
+def make_recommenders(model: Model, catalogue: Catalogue,
+                      options: Options) -> dict[str, Recommender]:
     """What --lists names, by the names in the result table; the paper's list comes last."""
     lists: dict[str, Recommender] = {}
     if "exact" in options.lists:

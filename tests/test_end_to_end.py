@@ -236,12 +236,13 @@ def test_an_adapter_is_evaluated_on_the_base_it_was_tuned_on_only(copied, capsys
                  "--lists", "titles"]) == 0
     assert "bfloat16\n" in capsys.readouterr().out
     weights = load_file(moved / "model.safetensors")
-    weights["model.norm.weight"] += 0.01
+    norm = weights["model.norm.weight"]
+    weights["model.norm.weight"] = norm + 0.01
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     assert main(["--eval-only", str(copied), "--model", str(moved)]) == 2
     error, tuned = capsys.readouterr().err, read_json(copied / "temporal.json")["base"]
     assert f"settings of the run, {{'base': '{tuned}'}}, is now {{'base': " in error
-    weights["model.norm.weight"] -= 0.01
+    weights["model.norm.weight"] = norm
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     record = read_json(copied / "run.json")
     record["options"]["temporal"] = "sinpe"

@@ -96,8 +96,6 @@ def test_eq02_factors__are_added_to_the_frozen_map_by_hand():
 def test_eq02_factors__are_all_that_is_tuned(temporal, batch):
     model = temporal("rope")
     factors = add_lora(model)
-    for B in factors[1::2]:         # B starts at zero, and then A has no gradient
-        B.data.normal_()
     assert [id(p) for p in tuned_parameters(model)] == [id(p) for p in factors]
     cetrec_loss(model, batch, 0.1)[0].backward()
     for p in model.parameters():
@@ -204,8 +202,9 @@ def test_eq06_input__every_token_of_an_item_carries_the_same_embedding_and_other
         x[row, t] = (block_diagonal(int(k), 24, 10_000.0) @ x[row, t] if kind == "rope" else
                      x[row, t] + 0.7 * sinusoidal(k, 24))
     close(model(batch.tokens, batch.item_pos)[0], model.llama(x)[0], rtol=1e-4, atol=1e-4)
-    longest = batch.item_pos[1]
-    assert (longest != NO_ITEM).sum() > 6 == len(longest[longest != NO_ITEM].unique())
+    item_pos = batch.item_pos[1]
+    item_pos = item_pos[item_pos != NO_ITEM]
+    assert len(item_pos.unique()) == 6 < len(item_pos)          # six items of more tokens
 
 
 # ------------------------------------------------------------ §4.3 The counterfactual world
@@ -262,6 +261,8 @@ def test_eq07_effect_of_probabilities__sums_to_0_so_eq08_cannot_take_it_d3():
     effect = p_f - p_cf
     close(effect, torch.tensor([[0.25, 0.0, -0.25]]))
     close(effect.sum(dim=-1), torch.zeros(1))
+    # As logits such differences hardly matter: the loss stays near ln 3.
+    assert abs(counterfactual_loss(p_f, p_cf, torch.tensor([0])) - math.log(3)) < 0.3
 
 
 def test_eq07_effect_of_logits__is_the_ratio_of_the_worlds_by_hand():
@@ -410,7 +411,7 @@ def test_eq10_lambda_0_without_temporal_embedding__is_bigrec(temporal, tokenizer
 def test_sec4_4_recommending__uses_the_factual_world_only(tokenizer):
     """Prompts for recommendation carry the item's own k, not the erased 0."""
     catalogue, history = Catalogue(TITLES, "movies", tokenizer), [4, 1, 9]
-    ((numbers, ((tokens, item_pos),)),) = prompts_by_length(catalogue, [history], None, 8, "")
+    [(numbers, [(tokens, item_pos)])] = prompts_by_length(catalogue, [history], None, 8, "")
     example = encode_example(tokenizer, [TITLES[i] for i in history], None)
     assert numbers == [0] and (tokens, item_pos) == (example.tokens, example.item_pos)
     assert set(item_pos) == {NO_ITEM, 0, 1, 2}

@@ -395,7 +395,7 @@ def test_e4srecs_scores_do_not_depend_on_the_batch_but_on_order_and_on_the_table
 
 
 @pytest.mark.parametrize("name, steps, lr", [
-    ("cft", 70, 0.007), ("llara", 100, 0.01), ("p5", 160, 0.004), ("e4srec", 40, 0.007)])
+    ("cft", 100, 0.007), ("llara", 100, 0.01), ("p5", 160, 0.004), ("e4srec", 40, 0.007)])
 def test_32_records_are_learned_by_heart(name, steps, lr, tmp_path):
     """HR@1 is 1 after tuning factors beside a frozen base that knows the titles only."""
     world = SyntheticWorld(items=30)

@@ -295,7 +295,7 @@ def test_an_epoch_of_small_data_holds_them_several_times(argv, sequences, passes
     """A sixth of the 300 steps, so that whether an epoch was better can be told: batches of 10."""
     train_set = world_splits[0].select(slice(0, sequences))
     options = Options.from_flags(flags("--batch-size", "10", *argv))
-    epoch = options.epoch(train_set)
+    epoch = options.repeat_if_small(train_set)
     assert len(train_set) == sequences and len(epoch) == passes * sequences
     assert sorted(epoch.targets) == sorted(list(train_set.targets) * passes)
     assert (epoch.targets[-sequences:] == train_set.targets).all()
@@ -303,5 +303,5 @@ def test_an_epoch_of_small_data_holds_them_several_times(argv, sequences, passes
 
 def test_a_hundred_sequences_in_all_are_tuned_on_for_300_steps_with_six_validations(world_splits):
     options = Options.from_flags(flags("--batch-size", "10"))
-    epoch = options.epoch(world_splits[0].select(slice(0, 100)))
+    epoch = options.repeat_if_small(world_splits[0].select(slice(0, 100)))
     assert options.schedule(len(epoch)) == (6 * 50, 30) and len(epoch) == 50 * 10

@@ -1,4 +1,4 @@
-"""support/tiny.py: the embedded base, its tokenizer and what it is trained on."""
+"""support/tiny.py: the built-in base, its tokenizer and what it is trained on."""
 
 import re
 import subprocess
