@@ -359,9 +359,9 @@ def align_right(rows: Sequence[Sequence[float]], fill: int) -> Tensor:
     return torch.tensor([[fill] * (width - len(row)) + list(row) for row in rows])
 
 
-def collate(examples: Sequence[Example], pad_id: int = 0) -> Batch:
-    """Examples with answers as one batch."""
-    P = common_prefix(examples)
+def collate(examples: Sequence[Example], pad_id: int = 0, share_prefix: bool = True) -> Batch:
+    """Examples with answers as one batch. Without a shared prefix, rows hold whole prompts."""
+    P = common_prefix(examples) if share_prefix else 0
     lengths = torch.tensor([len(e.tokens) for e in examples])
     return Batch(prefix=torch.tensor(examples[0].tokens[:P], dtype=torch.long),
                  tokens=align_right([e.tokens[P:-1] for e in examples], pad_id),
@@ -375,8 +375,8 @@ def batches(tokenizer: Tokenizer, sequences: Sequences, batch_size: int, seed: S
             shuffle_histories: bool = False) -> Iterator[Batch]:
     """One epoch of batches in random order, which depends on the seed only.
 
-    shuffle_histories puts the items of each history into random order, too; the built-in base
-    model is trained so (support/tiny.py).
+    With shuffle_histories the items of each history are in random order, and rows hold whole
+    prompts: so the built-in base model is trained, whose prefix is too short to be shared.
 
     32 batches are drawn together and sorted by length, to reduce padding; then their order is made
     random again. A thread prepares the next 32 meanwhile.
@@ -390,7 +390,8 @@ def batches(tokenizer: Tokenizer, sequences: Sequences, batch_size: int, seed: S
         examples = encode_sequences(tokenizer, drawn, rng if shuffle_histories else None)
         examples.sort(key=lambda example: len(example.tokens))
         groups = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
-        return [collate(groups[g], tokenizer.pad_id) for g in rng.permutation(len(groups))]
+        return [collate(groups[g], tokenizer.pad_id, share_prefix=not shuffle_histories)
+                for g in rng.permutation(len(groups))]
 
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(prepare, 0)

@@ -285,7 +285,6 @@ class GroundedBeams:
                  progress: str = "five beams") -> Lists:
         """Item ids, oldest first, of each history -> ten items for each."""
         decoding, catalogue, model = self.decoding, self.catalogue, self.model
-        embedder = without_factors(model) if decoding.ground_with == "base" else nullcontext()
         out, beam_texts = Lists.empty(len(histories), decoding.beams), {}
         for chunk, prompts in prompts_by_length(catalogue, histories, ages, 64, progress):
             answers, _ = beam_search(model, prompts, decoding.beams, self.longest, self.shortest,
@@ -298,7 +297,7 @@ class GroundedBeams:
         distinct = sorted({text for texts in beam_texts.values() for text in texts})
         # Enough neighbours for ten to be left without those of the history.
         length = min(len(catalogue.titles), LENGTH + max(map(len, histories)))
-        with embedder:
+        with without_factors(model) if decoding.ground_with == "base" else nullcontext():
             near = dict(zip(distinct, ground(model, distinct, catalogue, length).tolist()))
         titles = {clean(title) for title in catalogue.titles}
         for i, texts in beam_texts.items():

@@ -205,11 +205,12 @@ def title_loss(llama: Llama, batch: Batch) -> torch.Tensor:
     an earlier one: on the synthetic world it lowers the validation loss of the answers from 0.919
     to 0.907 (seed 0). There is no temporal embedding.
     """
-    P, T = len(batch.prefix), batch.tokens.shape[1]
-    _, past = llama(llama.embed(batch.prefix[None]))
-    hidden, _ = llama(llama.embed(batch.tokens), token_positions(batch.padding, T, P),
-                      causal_mask(batch.padding, T, P), past)
-    supervised, title = batch.answers != IGNORE, batch.item_pos != NO_ITEM      # (B, T) each
-    first = title & (title.cumsum(dim=1) == 1)
-    targets = torch.cat((batch.answers[supervised], batch.tokens[first]))
-    return F.cross_entropy(llama.logits(torch.cat((hidden[supervised], hidden[first]))), targets)
+    T = batch.tokens.shape[1]
+    hidden, _ = llama(llama.embed(batch.tokens), token_positions(batch.padding, T),
+                      causal_mask(batch.padding, T))
+    hidden, answers, tokens = hidden.flatten(0, 1), batch.answers.flatten(), batch.tokens.flatten()
+    title = batch.item_pos != NO_ITEM
+    supervised = (answers != IGNORE).nonzero()[:, 0]
+    first = (title & (title.cumsum(dim=1) == 1)).flatten().nonzero()[:, 0]
+    logits = llama.logits(hidden[torch.cat((supervised, first))])
+    return F.cross_entropy(logits, torch.cat((answers[supervised], tokens[first])))
