@@ -80,7 +80,9 @@ class Trie:
         # Children of all nodes in one array: those of node n are kids[first[n]:first[n + 1]].
         self.kids = np.argsort(self.parent[1:], kind="stable") + 1  # by parent, then by token
         self.first = np.searchsorted(self.parent[self.kids], np.arange(len(token) + 1))
-        self.child = {(parent[node], token[node]): node for node in range(1, len(token))}
+        self.child: list[dict[int, int]] = [{} for _ in token]      # of each node: token -> child
+        for node in range(1, len(token)):
+            self.child[parent[node]][token[node]] = node
         self.longest = max(map(len, answers))
         self.items: dict[tuple[int, ...], list[int]] = {}           # answer -> items of that title
         for item, answer in enumerate(answers):
@@ -97,9 +99,8 @@ class Trie:
         """The tokens that may follow the beginning of an answer without entering a closed node."""
         node = 0
         for t in answer:
-            node = self.child[node, t]
-        kids = self.kids[self.first[node]:self.first[node + 1]].tolist()
-        return [self.token[kid] for kid in kids if kid not in closed]
+            node = self.child[node][t]
+        return [t for t, child in self.child[node].items() if child not in closed]
 
     def closed(self, items: Sequence[int]) -> set[int]:
         """Nodes below which there is nothing but the given items, themselves included.
