@@ -149,8 +149,8 @@ def test_the_loss_of_the_base_is_that_of_its_rows_token_by_token(tokenizer):
                 losses.append(-log_p[t - 1, token])
             if t == first:
                 losses.append(-log_p[t, token])
-    torch.testing.assert_close(title_loss(llama, supervise_titles(collate(examples, share_prefix=False))),
-                               torch.stack(losses).mean())
+    batch = supervise_titles(collate(examples, share_prefix=False))
+    torch.testing.assert_close(title_loss(llama, batch), torch.stack(losses).mean())
 
 
 @pytest.mark.parametrize("titles", [TITLES, ["Rocky", "Rocky 2", "Rocky 10", "Up 2 You"]])
