@@ -32,7 +32,7 @@ class Progress:
     """How far tuning has got. Factors and moments apart, a checkpoint holds nothing else.
 
     No generator states are among it: the order of an epoch depends on (seed, epoch) only, and
-    dropout on (seed, step) only.
+    dropout on (seed, step, process) only.
     """
 
     step: int = 0
@@ -102,9 +102,9 @@ def open_bar(progress: Progress, total: int, name: str = "tuning") -> tqdm:
 
 def log_step(log: TextIO, bar: tqdm, progress: Progress, losses: list[float], lambda_ct: float,
              lr: float, device: torch.device, name: str = "") -> bool:
-    """Write a step to the log and to the moving line; print it at the first and
-    the last step, and at every fifth of all steps.
+    """Write a step to the log and to the moving line.
 
+    The line is printed at the first and the last step, and at every fifth of all steps.
     losses: L, L_TA and, where two worlds were run, L_CT. Returns whether it is time for a
     checkpoint: the line was printed, or the last checkpoint is more than a minute old.
     """

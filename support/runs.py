@@ -116,7 +116,7 @@ def wrap_blocks(llama: Llama, options: Options) -> None:
 
 
 def in_training(compiled: Callable, eager: Callable) -> Callable:
-    """A function that is compiled where gradients are wanted, and eager elsewhere."""
+    """A function that is compiled while gradients are recorded, and eager otherwise."""
     return lambda *inputs: (compiled if torch.is_grad_enabled() else eager)(*inputs)
 
 
