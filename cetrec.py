@@ -30,15 +30,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import IGNORE, NO_ITEM, Batch, Sequences, Tokenizer, batches, collate, encode_sequences
-from evaluate import Recommender, device_of, mean_and_error
+from evaluate import Recommender, check_scores, device_of, mean_and_error
 from llama import KeysValues, Llama, causal_mask, token_positions
-from lora import add_lora
-from support import processes, progress, runs
+from support import machine, processes, progress, runs
 from support.counting import result_table
-from support.memory import rows_that_fit
 from support.options import TEMPORAL, Options, read_flags
 from support.terminal import exit_status
-from support.trie import make_recommenders
+from support.titles import TitleRecommender
+from support.trie import ExactTitles, make_recommenders
 
 # ----------------------------------------------------------------------------------------------
 # §4.2 Temporal embeddings
@@ -171,7 +170,7 @@ def answer_log_likelihood(model: TemporalLlama, tokenizer: Tokenizer, sequences:
         part = sequences.select(slice(start, start + batch_size))
         batch = collate(encode_sequences(tokenizer, part), tokenizer.pad_id).to(device)
         answered = batch.answers != IGNORE
-        for world, logits in enumerate(twin_forward(model, batch)):
+        for world, logits in enumerate(map(check_scores, twin_forward(model, batch))):
             log_p = torch.zeros(answered.shape, device=device)
             log_p[answered] = -F.cross_entropy(logits, batch.answers[answered], reduction="none")
             out[start:start + len(part), world] = log_p.sum(dim=1).cpu().numpy()
@@ -234,7 +233,8 @@ class Tuning:
     warmup: int
     seed: int = 0
     micro_batch: int = 0        # rows at a time; 0: as many as fit
-    recompute: bool = False     # are blocks recomputed? Then more rows fit
+    recompute: bool = False     # are blocks recomputed, or compiled? Then more rows fit
+    compiled: bool = False
 
 
 def tuned_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -245,6 +245,28 @@ def tuned_parameters(model: nn.Module) -> list[nn.Parameter]:
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
     """Linear warm-up to the peak, then linear decay to zero (D5). step counts from 1."""
     return peak * min(step / max(1, warmup), (total - step + 1) / max(1, total - warmup), 1.0)
+
+
+def batch_gradient(model: TemporalLlama, batch: Batch, rows: int, lambda_ct: float,
+                   loss: Loss = cetrec_loss) -> tuple[Tensor, int]:
+    """Put the gradient of the batch's loss into the factors, working on so many rows at a time.
+
+    The losses are means over targets. A part of the batch counts by its share of the targets, so
+    the gradients of the parts add up to that of the whole batch. If a part does not fit the memory,
+    all of it is done again with parts half as large.
+    Returns L, L_TA and, where two worlds were run, L_CT; and the rows that did fit.
+    """
+    while True:
+        total, part = torch.zeros((), device=device_of(model)), batch
+        model.zero_grad()
+        try:
+            for part, share in processes.my_parts(batch, rows):
+                losses = loss(model, part.to(device_of(model)), lambda_ct)
+                (share * losses[0]).backward()
+                total = total + share * torch.stack([x.detach() for x in losses if x is not None])
+            return total, rows
+        except torch.OutOfMemoryError as error:
+            rows = machine.fewer_rows(len(part.tokens), str(error))
 
 
 @torch.no_grad()
@@ -259,7 +281,7 @@ def validation_loss(model: TemporalLlama, tokenizer: Tokenizer, sequences: Seque
     for batch in tqdm(processes.my_share(batches(tokenizer, sequences, batch_size, [0])),
                       desc="validation", unit="batch", leave=False, disable=None):
         targets = int((batch.answers != IGNORE).sum())
-        loss_ta = float(loss(model, batch.to(device_of(model)), 0)[1])
+        loss_ta = float(check_scores(loss(model, batch.to(device_of(model)), 0)[1]))
         total += torch.tensor([loss_ta * targets, targets], dtype=torch.float64)
     processes.all_reduce_sum([total])
     return float(total[0] / total[1])
@@ -277,6 +299,7 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, toke
     optimizer = torch.optim.AdamW(factors, lr=tuning.lr, weight_decay=0.0)
     state = progress.load_checkpoint(folder, optimizer)
     per_epoch, worlds = math.ceil(len(train_set) / tuning.batch_size), 1 + (tuning.lambda_ct > 0)
+    most = tuning.micro_batch or tuning.batch_size      # rows at a time
     with progress.open_log(folder, state) as log, progress.open_bar(state, tuning.steps) as bar:
         for epoch in range(len(state.validation), math.ceil(tuning.steps / per_epoch)):
             if epoch and state.validation[-1] > min(state.validation):
@@ -290,16 +313,10 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, toke
                     continue                            # it was made before an interruption
                 lr = learning_rate(step, tuning.steps, tuning.lr, tuning.warmup)
                 processes.seed_dropout(tuning.seed, step)
-
-                # The losses are means over targets. A part of the batch counts by its share of the
-                # targets, so the gradients of the parts add up to that of the whole batch.
-                rows = tuning.micro_batch or rows_that_fit(
-                    model.llama.config, batch, device, worlds, tuning.recompute)
-                total = torch.zeros(worlds + 1, device=device)     # L, L_TA and perhaps L_CT
-                for part, share in processes.my_parts(batch, rows):
-                    losses = loss(model, part.to(device), tuning.lambda_ct)
-                    (share * losses[0]).backward()
-                    total += share * torch.stack([x.detach() for x in losses if x is not None])
+                rows = most if tuning.micro_batch else min(most, machine.rows_that_fit(
+                    model.llama, batch, worlds, tuning.recompute, tuning.compiled))
+                total, fitted = batch_gradient(model, batch, rows, tuning.lambda_ct, loss)
+                most = fitted if fitted < rows else most
                 processes.all_reduce_sum([p.grad for p in factors if p.grad is not None] + [total])
 
                 norm = nn.utils.clip_grad_norm_(factors, 1.0)
@@ -307,7 +324,6 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, toke
                     raise ValueError(progress.not_finite(step, float(norm), batch, tokenizer))
                 optimizer.param_groups[0]["lr"] = lr
                 optimizer.step()
-                optimizer.zero_grad()
 
                 state.step = step
                 if progress.log_step(log, bar, state, total.tolist(), tuning.lambda_ct, lr, device):
@@ -322,29 +338,22 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, toke
 
     for p, best in zip(factors, state.best):
         p.data.copy_(best)
-    seconds = state.total_seconds()
-    return {"steps": state.step, "validation_ta": state.validation, "seconds": seconds}
+    return {"steps": state.step, "validation_ta": state.validation,
+            "seconds": state.total_seconds()}
 
 
 # ----------------------------------------------------------------------------------------------
 # The command
 
 
-def add_factors(model: TemporalLlama, options: Options) -> None:
-    """LoRA factors with the settings of a run, drawn from its seed (§3.1)."""
-    torch.manual_seed(options.seed)
-    add_lora(model.llama, options.lora_rank, options.lora_alpha, options.lora_dropout,
-             options.lora_targets)
-
-
 def evaluate(inputs: runs.RunInputs, model: TemporalLlama,
              recommenders: dict[str, Recommender]) -> tuple[dict, dict]:
     """The result table with the effect of order, and arrays by test sequence."""
     model.eval()
-    options, (train_set, _, test_set) = inputs.options, inputs.splits
+    options, (train_set, valid_set, test_set) = inputs.options, inputs.splits
     test_set = test_set.sample(options.eval_sequences, options.seed)
-    results, arrays = result_table(recommenders, train_set, test_set, inputs.synthetic,
-                                   options.exclude_history)
+    splits = train_set, valid_set.sample(500, options.seed), test_set
+    results, arrays = result_table(recommenders, splits, inputs.synthetic, options.exclude_history)
     if model.kind != "none":
         log_p = answer_log_likelihood(model, inputs.tokenizer, processes.my_sequences(test_set))
         arrays["answers"] = processes.together(log_p)
@@ -360,50 +369,60 @@ def tune_and_evaluate(inputs: runs.RunInputs, model: TemporalLlama,
     A run folder with a checkpoint continues from there. Baselines have another loss.
     """
     options, (train_set, valid_set, _) = inputs.options, inputs.splits
-    if options.shard:
-        processes.shard(model, inputs.device)
     train_set = options.repeat_if_small(train_set)
     steps, warmup = options.schedule(len(train_set))
-    tuned = sum(p.numel() for p in tuned_parameters(model))
-    print(f"tuning {tuned:,} parameters | temporal {options.temporal} | λ = "
-          f"{options.lambda_ct:g} | at most {steps:,} steps, {warmup} of them warm-up")
+    compiled = machine.compile_pays(options, inputs.device, steps)
+    machine.wrap_blocks(model.llama, options.recompute, compiled)
+    if options.shard:
+        processes.shard(model, inputs.device)
+    print(f"tuning {sum(p.numel() for p in tuned_parameters(model)):,} parameters | temporal "
+          f"{options.temporal} | λ = {options.lambda_ct:g} | at most {steps:,} steps, {warmup} of "
+          f"them warm-up{' | compiled blocks' * compiled}")
     tuning = Tuning(options.lambda_ct, options.lr, options.batch_size, steps, warmup, options.seed,
-                    options.micro_batch, options.recompute)
+                    options.micro_batch, options.recompute, compiled)
     found = train(model, train_set, valid_set.sample(1_000, options.seed), inputs.tokenizer, tuning,
                   folder, inputs.record["settings"], loss)
     results, arrays = evaluate(inputs, model, recommenders)
-    runs.finish(folder, inputs.record | {"tuning": found} | results, arrays, inputs.catalogue)
+    runs.finish(folder, inputs.record | {"tuning": found} | results, arrays, inputs.splits[2])
     print(f"its tables and figures: python -m experiments.report {str(folder)!r}")
 
 
-def new_run(options: Options, out: Path) -> Path:
-    """Tune from the first step and evaluate, in a new folder below `out`. Returns the folder."""
-    inputs = runs.open_inputs(options, out)
-    model = TemporalLlama(inputs.llama, options.temporal, options.sinpe_scale)
-    add_factors(model, options)
-    recommenders = make_recommenders(model, inputs.catalogue, options)
-    folder = runs.start(out, options.temporal, inputs)
+def tune(inputs: runs.RunInputs, out: Path, folder: Path | None = None) -> Path:
+    """Tune by Eq. 10 and evaluate, in a new folder below `out`, or on in an interrupted run's."""
+    model = TemporalLlama(inputs.llama, inputs.options.temporal, inputs.options.sinpe_scale)
+    runs.add_factors(model.llama, inputs.options)
+    recommenders = make_recommenders(model, inputs.catalogue, inputs.options)
+    folder = folder or runs.start(out, inputs.options.temporal, inputs)
     with runs.resumable(folder):
         tune_and_evaluate(inputs, model, recommenders, folder)
     return folder
 
 
-def resume(folder: Path, flags: dict) -> None:
-    """Continue the interrupted run in a folder, from its last checkpoint."""
-    inputs = runs.reopen(folder, flags, "--resume")
-    model = TemporalLlama(inputs.llama, inputs.options.temporal, inputs.options.sinpe_scale)
-    add_factors(model, inputs.options)
-    recommenders = make_recommenders(model, inputs.catalogue, inputs.options)
-    with runs.resumable(folder):
-        tune_and_evaluate(inputs, model, recommenders, folder)
-
-
 def open_tuned(folder: Path, flags: dict, command: str) -> tuple[runs.RunInputs, TemporalLlama]:
     """What a run worked on, and its tuned model, for the command that is named in messages."""
     inputs = runs.reopen(folder, flags, command)
-    model = TemporalLlama(inputs.llama, inputs.options.temporal, inputs.options.sinpe_scale)
-    runs.load_adapter(model, folder, inputs.record["settings"])
-    return inputs, model.eval()
+    return inputs, tuned_model(folder, inputs.options, inputs.llama, inputs.record["settings"])
+
+
+def tuned_model(folder: Path, options: Options, llama: Llama, settings: dict) -> TemporalLlama:
+    """The base with the adapter in a run's folder, checked to be the one for these settings."""
+    model = TemporalLlama(llama, options.temporal, options.sinpe_scale)
+    runs.load_adapter(model, folder, settings)
+    return model.eval()
+
+
+def load_recommender(folder: str | Path, **flags) -> TitleRecommender:
+    """A finished run for a live user, without its data set: titles in, ten titles with log p out.
+
+        recommender = load_recommender("runs/ml-100k-rope-1")
+        recommender(["Heat", "Toy Story"])          # oldest first -> [(title, log p), ..]
+
+    flags: device, dtype, model or exclude_history, as the command has them. Raises
+    FileNotFoundError or ValueError if base, adapter, embedding and catalogue do not go together.
+    """
+    options, llama, catalogue, settings = runs.open_base(Path(folder), flags, "a recommender")
+    model = tuned_model(Path(folder), options, llama, settings)
+    return TitleRecommender(ExactTitles(model, catalogue, options.exclude_history))
 
 
 def evaluate_again(folder: Path, flags: dict) -> None:
@@ -413,7 +432,7 @@ def evaluate_again(folder: Path, flags: dict) -> None:
         processes.shard(model, inputs.device)
     recommenders = make_recommenders(model, inputs.catalogue, inputs.options)
     results, arrays = evaluate(inputs, model, recommenders)
-    runs.finish(folder, inputs.record | results, arrays, inputs.catalogue, "eval")
+    runs.finish(folder, inputs.record | results, arrays, inputs.splits[2], "eval")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -423,12 +442,13 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         """A new run, one that continues, or one that is evaluated again."""
         if "resume" in flags:
-            resume(Path(flags.pop("resume")), flags)
+            folder = Path(flags.pop("resume"))
+            tune(runs.reopen(folder, flags, "--resume"), folder.parent, folder)
         elif "eval_only" in flags:
             evaluate_again(Path(flags.pop("eval_only")), flags)
         else:
             out = Path(flags.pop("out", "runs"))
-            new_run(Options.from_flags(flags), out)
+            tune(runs.open_inputs(Options.from_flags(flags), out), out)
     return exit_status(work)
 
 

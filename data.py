@@ -9,7 +9,6 @@ it, A tokens of the batch's longest answer.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -31,12 +30,14 @@ class Interactions:
 
     users: np.ndarray           # (rows,) int64
     items: np.ndarray           # (rows,) int64, an index into titles
-    timestamps: np.ndarray      # (rows,) int64, seconds since 1970
+    timestamps: np.ndarray      # (rows,) int64 or float64, what the file says
     titles: list[str]           # (N,) unique
     domain: str = "movies"      # a key of DOMAINS: it chooses the words of the prompt
     checksums: dict[str, str] = field(default_factory=dict)     # file name -> SHA-256 of its text
     steps: tuple[str, ...] = () # what was done to the raw rows, each step with its counts
-    dated: bool = True          # False: timestamps only say what came first
+    day: float = 86_400         # of timestamps; 0: they only say what came first
+    user_ids: Sequence[str] = ()    # the caller's own ids of users 0, 1, ..; (): their numbers
+    item_ids: Sequence[str] = ()    # (N,) likewise
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,16 @@ class Sequences:
     """
 
     items: np.ndarray           # (rows,) sorted by user, then time, then place in the file
-    times: np.ndarray           # (rows,) seconds, or only an order where dated is False
+    times: np.ndarray           # (rows,) the timestamps
     starts: np.ndarray          # (len,) the first row of each history
     targets: np.ndarray         # (len,) the row of each answer
     titles: list[str]           # (N,) of all items
     domain: str
-    dated: bool = True
+    day: float = 86_400         # of times; 0: they are only an order
     index: str = "order"        # what k of Eq. 6 counts: steps back ("order") or age ("time"), D15
+    users: np.ndarray | None = None     # (rows,) whose row it is
+    user_ids: Sequence[str] = ()        # as in Interactions
+    item_ids: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -81,7 +85,7 @@ class Sequences:
 
     def days(self, i: int) -> np.ndarray:
         """How many days before answer i each item of its history was taken."""
-        return (self.times[self.targets[i]] - self.times[self.starts[i]:self.targets[i]]) / 86_400
+        return (self.times[self.targets[i]] - self.times[self.starts[i]:self.targets[i]]) / self.day
 
     def titles_of(self, items: Iterable[int]) -> list[str]:
         """Titles of the given item ids."""
@@ -106,7 +110,7 @@ def make_sequences(interactions: Interactions, min_history: int = 3, max_history
     Its history is the last max_history items of the same user. Interactions of equal time keep
     the order of the file. Raises ValueError if index is "time" and the data have no times.
     """
-    if index == "time" and not interactions.dated:
+    if index == "time" and not interactions.day:
         raise ValueError("index 'time' wants data with times; these only say which came first")
     order = np.lexsort((interactions.timestamps, interactions.users))   # a stable sort
     users = interactions.users[order]
@@ -115,7 +119,8 @@ def make_sequences(interactions: Interactions, min_history: int = 3, max_history
     targets = rows[rows - first >= min_history]
     return Sequences(interactions.items[order], interactions.timestamps[order],
                      np.maximum(first[targets], targets - max_history), targets,
-                     interactions.titles, interactions.domain, interactions.dated, index)
+                     interactions.titles, interactions.domain, interactions.day, index, users,
+                     interactions.user_ids, interactions.item_ids)
 
 
 def split_by_time(sequences: Sequences, ratios: tuple[int, int, int] = (8, 1, 1)
@@ -321,17 +326,12 @@ class Batch:
     padding: Tensor         # (B,) how many pads each row begins with
     answers: Tensor         # (B, A), IGNORE in front of shorter answers
 
-    def split(self, rows: int) -> list["Batch"]:
-        """Parts of at most so many rows, in order, each as wide as its own longest row."""
-        parts = []
-        for start in range(0, len(self.tokens), rows):
-            part = slice(start, start + rows)
-            unused = int(self.padding[part].min())
-            shorter = int((self.answers[part] == IGNORE).sum(dim=1).min())
-            parts.append(Batch(self.prefix, self.tokens[part, unused:],
-                               self.item_pos[part, unused:], self.padding[part] - unused,
-                               self.answers[part, shorter:]))
-        return parts
+    def rows(self, part: slice) -> "Batch":
+        """Some of the rows, as wide as the longest of them."""
+        unused = int(self.padding[part].min())
+        shorter = int((self.answers[part] == IGNORE).sum(dim=1).min())
+        return Batch(self.prefix, self.tokens[part, unused:], self.item_pos[part, unused:],
+                     self.padding[part] - unused, self.answers[part, shorter:])
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -379,23 +379,14 @@ def batches(tokenizer: Tokenizer, sequences: Sequences, batch_size: int, seed: S
     prompts: so the built-in base model is trained, whose prefix is too short to be shared.
 
     32 batches are drawn together and sorted by length, to reduce padding; then their order is made
-    random again. A thread prepares the next 32 meanwhile.
+    random again.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(sequences))
-
-    def prepare(start: int) -> list[Batch]:
-        """The 32 batches whose sequences stand in the order from `start` on."""
+    for start in range(0, len(order), 32 * batch_size):
         drawn = sequences.select(order[start:start + 32 * batch_size])
         examples = encode_sequences(tokenizer, drawn, rng if shuffle_histories else None)
         examples.sort(key=lambda example: len(example.tokens))
         groups = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
-        return [collate(groups[g], tokenizer.pad_id, share_prefix=not shuffle_histories)
-                for g in rng.permutation(len(groups))]
-
-    with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(prepare, 0)
-        for start in range(0, len(order), 32 * batch_size):
-            ready = waiting.result()
-            waiting = thread.submit(prepare, start + 32 * batch_size)
-            yield from ready
+        for g in rng.permutation(len(groups)):
+            yield collate(groups[g], tokenizer.pad_id, share_prefix=not shuffle_histories)

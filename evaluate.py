@@ -27,6 +27,7 @@ from lora import without_factors
 
 CUTOFFS = (5, 10)           # K of HR@K and NDCG@K, §5.1.2
 LENGTH = max(CUTOFFS)       # of a list of recommendations
+FEWEST = 10                 # hits that a standard error or a rate of change is computed from
 Prompt = tuple[list[int], list[float]]      # tokens and item_pos, of equal length
 Beam = tuple[float, int, list[int]]         # summed log p, the beam it continues, tokens so far
 Scores = dict[str, tuple[float, float]]     # metric -> (mean, standard error)
@@ -39,6 +40,14 @@ Model = Any                 # a TemporalLlama, or a module with its forward and 
 def device_of(model: nn.Module) -> torch.device:
     """Where the parameters of a model are."""
     return next(model.parameters()).device
+
+
+def check_scores(scores: Tensor) -> Tensor:
+    """The same scores. Raises ValueError if one is not a number or +inf: no list is right then."""
+    if not (scores < math.inf).all():
+        raise ValueError("the model's scores are not finite: float16 or too high a rate lets them "
+                         "overflow. Take --dtype bfloat16 or float32, or tune with a smaller --lr")
+    return scores
 
 
 def read_prompts(model: Model, prompts: Sequence[Prompt]
@@ -57,7 +66,7 @@ def read_prompts(model: Model, prompts: Sequence[Prompt]
     mask = causal_mask(batch.padding, T, P)
     hidden, past = model(batch.tokens, batch.item_pos, token_positions(batch.padding, T, P), mask,
                          past, last=1)
-    return model.logits(hidden[:, 0]), past, mask[:, 0, -1]     # the last token sees its prompt
+    return check_scores(model.logits(hidden[:, 0])), past, mask[:, 0, -1]   # it sees its prompt
 
 
 @torch.inference_mode()
@@ -117,7 +126,7 @@ def beam_search(model: Model, prompts: Sequence[Prompt], beams: int = 5, max_new
         looks_at = torch.cat((inherited, itself), dim=-1)                       # (B, W, S + g W)
         hidden, past = model(tokens, torch.full_like(tokens, NO_ITEM), looks_at.sum(dim=-1) - 1,
                              looks_at[:, None], past)
-        log_p = model.logits(hidden).log_softmax(dim=-1)                        # (B, W, V)
+        log_p = check_scores(model.logits(hidden)).log_softmax(dim=-1)          # (B, W, V)
     scores = [[score for score, _ in row] + [-math.inf] * (W - len(row)) for row in ended]
     return [[answer for _, answer in row] for row in ended], torch.tensor(scores)
 
@@ -169,7 +178,7 @@ def embed_titles(model: Model, titles: Sequence[str], tokenizer: Tokenizer,
         hidden, _ = model(tokens, torch.full_like(tokens, NO_ITEM),
                           token_positions(padding, tokens.shape[1]),
                           causal_mask(padding, tokens.shape[1]), last=1)
-        parts.append(hidden[:, 0].float())
+        parts.append(check_scores(hidden[:, 0].float()))
     return torch.cat(parts)[torch.tensor(order).argsort()]          # back in the given order
 
 
@@ -182,7 +191,7 @@ def nearest(queries: Tensor, table: Tensor, length: int | None = None) -> Tensor
     parts = []
     for part in queries.float().split(max(1, 2**23 // len(table))):
         distances = torch.cdist(part, table.float(), compute_mode="donot_use_mm_for_euclid_dist")
-        parts.append(distances.argsort(dim=1, stable=True)[:, :length])
+        parts.append(distances.argsort(dim=1, stable=True)[:, :length].clone())
     return torch.cat(parts)
 
 
@@ -343,13 +352,16 @@ def list_values(items: np.ndarray, targets: np.ndarray,
         p = (items == np.asarray(targets)[:, None]).astype(float)
     else:
         p = np.take_along_axis(true_p, items.clip(min=0), axis=1) * (items >= 0)
-    ranks = np.arange(items.shape[1])
-    return np.stack([p @ metric(ranks) for metric in METRICS.values()], axis=1)
+    return np.stack([p @ metric(np.arange(p.shape[1])) for metric in METRICS.values()], axis=1)
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error."""
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    """Mean and its standard error, which is nan where fewer than ten values are not 0.
+
+    One hit in a thousand test sequences has a standard error by the formula, but it says nothing.
+    """
+    hits, n = np.count_nonzero(values), len(values)
+    error = values.std(ddof=1) / math.sqrt(n) if hits >= FEWEST else math.nan
     return float(values.mean()), float(error)
 
 
@@ -361,14 +373,14 @@ def summarise(values: np.ndarray) -> Scores:
 def relative_change(before: np.ndarray, after: np.ndarray) -> Scores:
     """Change of each metric in per cent (§5.4, Fig. 4) with its standard error, paired by sequence.
 
-    (n, 4) twice. The error of a ratio of means is that of the delta method.
+    (n, 4) twice. The error of a ratio of means is that of the delta method. The change is nan where
+    there were fewer than ten hits before, and its error where there are fewer before or after.
     """
-    changes = {}
+    changes = dict.fromkeys(METRICS, (math.nan, math.nan))
     for name, a, b in zip(METRICS, before.T, after.T):
-        changes[name] = (math.nan, math.nan)
-        if a.mean() > 0 and len(a) > 1:
-            ratio = b.mean() / a.mean()
-            error = (b - ratio * a).std(ddof=1) / math.sqrt(len(a)) / a.mean()
+        if np.count_nonzero(a) >= FEWEST:
+            ratio, few = b.mean() / a.mean(), np.count_nonzero(b) < FEWEST
+            error = math.nan if few else (b - ratio * a).std(ddof=1) / math.sqrt(len(a)) / a.mean()
             changes[name] = (100 * float(ratio - 1), 100 * float(error))
     return changes
 
@@ -400,7 +412,7 @@ def evaluate_order(recommenders: dict[str, Recommender], test_set: Sequences,
             lists = recommend(ordered, ages, progress=f"{name}, {order}")
             values = list_values(lists.items, targets, true_p)
             arrays |= {f"lists/{name}/{order}": lists.items, f"values/{name}/{order}": values,
-                       f"valid/{name}/{order}": lists.valid}
+                       f"log_p/{name}/{order}": lists.log_p, f"valid/{name}/{order}": lists.valid}
             rows[name if order == "original" else f"{name} | {order}"] = summarise(values)
             if order != "original":
                 rows[f"{name} | change, {order}"] = relative_change(

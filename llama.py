@@ -13,7 +13,7 @@ Left out: attention or MLP biases, sliding windows, mixtures of experts, quantis
 
 import json
 import math
-import os
+import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -187,25 +187,18 @@ class Attention(nn.Module):
         x, mask = x[:, -last:], mask[:, :, -last:]          # last = 0 keeps all: [-0:] is [0:]
         cos, sin = cos[..., -last:, :], sin[..., -last:, :]
         q = rotate(self.heads(self.q_proj(x)), cos, sin)                        # (B, H, last, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
+
+        # A group's queries stand behind one another, as more queries of one head. So there are as
+        # many heads of queries as of keys, which PyTorch's fast kernels want where there is a mask.
+        T, group = q.shape[2], q.shape[1] // k.shape[1]
+        q = q.unflatten(1, (-1, group)).flatten(2, 3)                   # (B, G, H/G · T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, group, 1))
+        y = y.unflatten(2, (group, T)).permute(0, 3, 1, 2, 4)           # (B, T, G, H/G, D)
+        return self.o_proj(y.flatten(2)), (k, v)
 
 
 # ----------------------------------------------------------------------------------------------
 # The decoder
-
-
-class RMSNorm(nn.Module):
-    """x / √(mean(x²) + eps) · weight, the mean being over the last dimension."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(.., C) -> (.., C)"""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class MLP(nn.Module):
@@ -230,13 +223,14 @@ class Block(nn.Module):
     """Attention and MLP, each after a norm and beside a residual connection.
 
         x = x + attention(norm(x));  x = x + mlp(norm(x))
+        norm(x) = x / √(mean(x²) + eps) · weight, the mean being over the last dimension
     """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: KeysValues | None,
@@ -259,7 +253,7 @@ class Llama(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -382,9 +376,8 @@ def load_llama(folder: str | Path, device: torch.device | str = "cpu",
 def save_llama(model: Llama, folder: str | Path) -> None:
     """Write config.json and model.safetensors under published names.
 
-    Each is written under another name first and then renamed, so it is never half-written.
-
-    Raises ValueError for a model that carries LoRA factors.
+    Both are written in a new folder first and then moved, so neither is ever half-written, and
+    nothing is written through a link. Raises ValueError for a model that carries LoRA factors.
     """
     folder, tensors = Path(folder), {}
     for name, p in model.named_parameters():
@@ -397,7 +390,8 @@ def save_llama(model: Llama, folder: str | Path) -> None:
               "torch_dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
               **asdict(model.config)}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("model.safetensors", save(tensors, {"format": "pt"})),
-                          ("config.json", json.dumps(config, indent=2).encode() + b"\n")):
-        (folder / f"{name}.part").write_bytes(content)
-        os.replace(folder / f"{name}.part", folder / name)
+    with tempfile.TemporaryDirectory(dir=folder) as new:
+        Path(new, "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+        Path(new, "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name in ("model.safetensors", "config.json"):   # a folder that has both is whole
+            Path(new, name).replace(folder / name)

@@ -19,7 +19,7 @@ Shapes: R rank; A (R, in), B (out, R).
 
 import json
 import math
-import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -55,15 +55,13 @@ class LoraConfig:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
-        for name, sound, expected in (
-                ("rank", type(self.rank) is int and 0 < self.rank <= 10**5, "a positive integer"),
-                ("alpha", type(self.alpha) in (int, float) and 0 < self.alpha < 1e18,
-                 "a positive number"),
-                ("dropout", type(self.dropout) in (int, float) and 0 <= self.dropout < 1,
-                 "a number in [0, 1)"),
-                ("targets", set() < {*self.targets} <= {*ALL_LINEAR}, f"some of {ALL_LINEAR}")):
-            if not sound:
-                raise ValueError(f"LoRA {name} is {getattr(self, name)!r}; wanted {expected}")
+        for name, kinds, low, high in (("rank", (int,), 1, 10**5),
+                                       ("alpha", (int, float), 1e-12, 10**18),
+                                       ("dropout", (int, float), 0, 0.99)):
+            if type(value := getattr(self, name)) not in kinds or not low <= value <= high:
+                raise ValueError(f"LoRA {name} is {value!r}; wanted a number of {low} to {high}")
+        if not set() < {*self.targets} <= {*ALL_LINEAR}:
+            raise ValueError(f"LoRA targets is {self.targets!r}; wanted some of {ALL_LINEAR}")
 
     @property
     def scale(self) -> float:
@@ -129,8 +127,7 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float 
     found = [(parent, name, child) for parent in model.modules() for name, child in
              parent.named_children() if isinstance(child, nn.Linear) and name in config.targets]
     if absent := set(config.targets) - {name for _, name, _ in found}:
-        raise ValueError(f"LoRA targets {', '.join(sorted(absent))}: no such linear map in the "
-                         f"model")
+        raise ValueError(f"LoRA targets {', '.join(sorted(absent))}: the model has no such map")
     for p in model.parameters():
         p.requires_grad_(False)
     for parent, name, child in found:
@@ -184,9 +181,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_lora(model: nn.Module, folder: str | Path, base_model: str | None = None) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, neither of them half-written.
+    """Write adapter_model.safetensors and adapter_config.json.
 
-    base_model: its folder or Hub name, which peft reads as `base_model_name_or_path`.
+    Both are written in a new folder first and then moved, so neither is ever half-written, and
+    nothing is written through a link. base_model: its folder or Hub name, which peft reads as `base_model_name_or_path`.
     """
     folder, tensors = Path(folder), _tensors(model)
     if not tensors:
@@ -195,14 +193,14 @@ def save_lora(model: nn.Module, folder: str | Path, base_model: str | None = Non
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.rank,
                 "lora_alpha": config.alpha, "lora_dropout": config.dropout,
                 "target_modules": list(config.targets), "bias": "none", "fan_in_fan_out": False,
-                "inference_mode": True,
-                "base_model_name_or_path": base_model}
+                "inference_mode": True, "base_model_name_or_path": base_model}
     content = save({name: t.contiguous().cpu() for name, t in tensors.items()}, {"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
-    for name, data in (("adapter_model.safetensors", content),
-                       ("adapter_config.json", json.dumps(settings, indent=2).encode() + b"\n")):
-        (folder / f"{name}.part").write_bytes(data)
-        os.replace(folder / f"{name}.part", folder / name)
+    with tempfile.TemporaryDirectory(dir=folder) as new:
+        Path(new, "adapter_model.safetensors").write_bytes(content)
+        Path(new, "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            Path(new, name).replace(folder / name)
 
 
 def _read_config(path: Path) -> LoraConfig:
@@ -227,8 +225,7 @@ def _read_config(path: Path) -> LoraConfig:
         raise ValueError(f"target_modules is {targets!r}; wanted a list of names or 'all-linear'")
     # peft may write full names; whether one of them was left out shows in the tensors' names.
     names = tuple(dict.fromkeys(str(name).rpartition(".")[2] for name in targets))
-    return LoraConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout", 0.0),
-                      names)
+    return LoraConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout", 0), names)
 
 
 def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
@@ -250,12 +247,13 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
     tensors = _tensors(model)
     wrong = sorted(name for name in tensors.keys() | stored.keys() if name not in tensors or
                    name not in stored or tensors[name].shape != stored[name].shape
+                   or stored[name].dtype not in (torch.float32, torch.float16, torch.bfloat16)
                    or not stored[name].isfinite().all())
     if wrong:
         _unwrap(model, lambda m: m.weight)
-        raise ValueError(f"{weights}: {len(wrong)} tensors missing, unexpected, of another shape "
-                         f"or not finite, e.g. {', '.join(wrong[:3])}. Is it an adapter of this "
-                         "base model?")
+        raise ValueError(f"{weights}: {len(wrong)} tensors missing, unexpected, of another shape, "
+                         "not stored as float32, float16 or bfloat16, or not finite, e.g. "
+                         f"{', '.join(wrong[:3])}. Is it an adapter of this base model?")
     for name, tensor in tensors.items():
         tensor.copy_(stored[name])
     return factors

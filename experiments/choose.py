@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cetrec import open_tuned
 from evaluate import list_values, summarise
-from experiments.report import paired_bootstrap
+from experiments.report import paired
 from support.counting import format_table
 from support.options import OF_BEAMS, Options, add_flags, as_flag, parse
 from support.terminal import Parser, exit_status
@@ -48,10 +48,9 @@ def choose(folder: Path, flags: dict) -> None:
     print(format_table({name: summarise(value) for name, value in values.items()}))
     first, *others = values
     for name in others:
-        gains = paired_bootstrap(values[first], values[name])
         print(f"{name}, minus the first, with the 95 % interval of a paired bootstrap")
-        for metric, (gain, low, high) in gains.items():
-            print(f"  {metric:<8}{gain:+.4f}  [{low:+.4f}, {high:+.4f}]")
+        for metric, gain, interval in paired(values[first], values[name]):
+            print(f"  {metric:<8}{gain}  {interval}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cetrec import cetrec_loss, erase_order, open_tuned, twin_forward
 from data import IGNORE, Example, Tokenizer, collate, encode_sequences
-from experiments.titles import side_by_side
+from experiments.recommend import side_by_side
 from support.options import Options, add_flags, parse
 from support.runs import show_prompt
 from support.terminal import Parser, exit_status
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     ap.add_argument("run", metavar="RUN", help="folder of a run, as cetrec.py writes it")
     ap.add_argument("number", metavar="N", type=int, nargs="?", default=0,
                     help="test sequence, counted from 0 as in experiments.report (default: 0)")
-    add_flags(ap, Options, only={"data_dir", "device", "dtype", "model", "exclude_history",
+    add_flags(ap, Options, only={"data", "data_dir", "device", "dtype", "model", "exclude_history",
                                  "eval_sequences"})
     flags = parse(ap, argv)
     folder, number = Path(flags.pop("run")), flags.pop("number")

@@ -5,7 +5,6 @@ differ in lightness and marks in shape, so that a grey print can be read.
 """
 
 import base64
-import html
 import importlib.util
 import io
 import math
@@ -18,7 +17,7 @@ import torch
 
 from cetrec import erase_order, sinusoidal
 from evaluate import METRICS
-from experiments.markup import STYLE
+from experiments.markup import STYLE, e, h
 from support.files import write_whole
 
 NO_MATPLOTLIB = "no figures: they want matplotlib; pip install matplotlib"
@@ -104,16 +103,19 @@ def training_curves(runs: Sequence):
 def change_bars(rates: dict[str, tuple]):
     """Fig. 4: by how much each metric changes when the test histories are reversed.
 
-    rates: what a bar stands for -> (mean (4,), error (4,) or None), in per cent. A change of
-    nothing, which is not a number, has no bar.
+    rates: what a bar stands for -> (mean (4,), error (4,) or None), in per cent. A change that too
+    few hits tell, which is not a number, is a dash in the place of a bar.
     """
     fig, place = _figure(WIDE, 3.6), np.arange(len(METRICS))
     ax, width = fig.subplots(), 0.84 / len(rates)
     hatches, shades = ("", "//", "..", "\\\\", "xx"), (DARK, MIDDLE, LIGHT, "0.75", "0.45")
     for i, (name, (mean, error)) in enumerate(rates.items()):
-        ax.bar(place + (i - (len(rates) - 1) / 2) * width, mean, 0.92 * width, yerr=error,
-               label=name, color=shades[i % 5], hatch=hatches[i % 5], edgecolor="white",
-               linewidth=0, error_kw={"elinewidth": 1, "capsize": 2})
+        at = place + (i - (len(rates) - 1) / 2) * width
+        ax.bar(at, mean, 0.92 * width, yerr=error, label=name, color=shades[i % 5],
+               hatch=hatches[i % 5], edgecolor="white", linewidth=0,
+               error_kw={"elinewidth": 1, "capsize": 2})
+        for x in at[np.isnan(mean)]:
+            ax.text(x, 0, "–", ha="center", va="bottom")
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set_xticks(place, METRICS)
     ax.set_ylabel("change, %")
@@ -284,30 +286,34 @@ img {{ width: 100%; max-width: 45rem; height: auto; background: white; }}
 """
 
 
+def image(fig, name: str, kind: str) -> bytes:
+    """A figure as a png or svg file, the same bytes every time. name: what it is called."""
+    import matplotlib
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        # Titles may be in any script, and those that the font does not have are drawn as boxes,
+        # about which nobody can do much.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        fig.savefig(file, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+    return file.getvalue()
+
+
 def write_page(folder: Path, heading: str, parts: Sequence[tuple[str, str]],
                drawn: Sequence[tuple[str, str, object]], notes: Sequence[str]) -> Path:
     """Each figure as PNG and SVG, and report.html with all of them inside; each file appears whole.
 
     parts: (title, HTML); drawn: (file name, caption, figure); notes: sentences below them.
     """
-    body = [part if title == heading else f"<h2>{html.escape(title)}</h2>\n{part}"
+    body = [e(part) if title == heading else h("<h2>{}</h2>\n{}", title, part)
             for title, part in parts]
     for name, caption, fig in drawn:
         for kind in ("png", "svg"):
-            import matplotlib
-            image = io.BytesIO()
-            with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
-                # The salt makes the same bytes every time. Titles may be in any script, and those
-                # that the font does not have are drawn as boxes, about which nobody can do much.
-                warnings.filterwarnings("ignore", "Glyph .* missing from")
-                fig.savefig(image, format=kind, dpi=160,
-                            metadata={"Date": None} if kind == "svg" else None)
-            write_whole(folder / f"{name}.{kind}", image.getvalue())
-        encoded = base64.b64encode(image.getvalue()).decode()
-        body.append(f'<figure><img alt="{html.escape(caption)}" '
-                    f'src="data:image/svg+xml;base64,{encoded}">\n'
-                    f"<figcaption>{html.escape(caption)}</figcaption></figure>")
-    body += [f"<p>{html.escape(note)}</p>" for note in notes]
-    page = PAGE.format(heading=html.escape(heading), body="\n".join(body), style=STYLE)
+            drawn_as = image(fig, name, kind)
+            write_whole(folder / f"{name}.{kind}", drawn_as)
+        encoded = base64.b64encode(drawn_as).decode()
+        body.append(h('<figure><img alt="{}" src="data:image/svg+xml;base64,{}">\n'
+                      "<figcaption>{}</figcaption></figure>", caption, encoded, caption))
+    body += [h("<p>{}</p>", note) for note in notes]
+    page = PAGE.format(heading=e(heading), body="\n".join(body), style=STYLE)
     write_whole(folder / "report.html", page.encode())
     return folder / "report.html"

@@ -30,17 +30,19 @@ from tqdm import tqdm
 
 from cetrec import TemporalLlama
 from data import IGNORE, Catalogue, encode_example, make_sequences, split_by_time
-from evaluate import embed_titles
-from experiments.report import Run
+from evaluate import Lists, embed_titles
+from experiments.figures import figures_available
+from experiments.markup import as_html
+from experiments.report import Run, compare, comparison, describe, drawings, shown, telling_user
+from experiments.reproduce import results
 from llama import Llama, LlamaConfig, load_llama
 from lora import add_lora, load_lora
 from support import progress
 from support.checkpoints import check_checkpoint, read_tokenizer
 from support.counting import result_table
 from support.datasets import load_interactions, prepare
-from support.files import save_arrays, write_json
 from support.options import Options, Where, add_flags, as_flag, parse
-from support.runs import load_adapter, read_catalogue, read_run, save_adapter
+from support.runs import begin, finish, load_adapter, read_catalogue, read_run, save_adapter
 from support.terminal import Parser, exit_status, one_line
 from support.tiny import SEEN, tiny_tokenizer, write_base
 from support.trie import Trie
@@ -141,23 +143,42 @@ def use_adapter(folder: Path) -> None:
 
 
 def good_run(folder: Path) -> None:
-    """The folder of a finished run, and its base beside it."""
+    """The folder of a finished run that was evaluated again, and its data and base in it."""
+    READERS["csv"][0](folder)
     parts = split_by_time(make_sequences(load_interactions(str(folder)), 1))
-    result, arrays = result_table({}, parts[0], parts[2], None, True)
     options = Options.from_flags({"data": str(folder), "model": str(folder)}).record()
-    record = {"method": "cetrec", "options": options, "base": str(folder), "counts": {},
-              "arrays": save_arrays(arrays, folder / "evaluation.safetensors"), **result}
-    write_json(folder / "run.json", record)
-    write_json(folder / "catalogue.json", {"domain": "movies", "titles": TITLES})
+
+    def recommend(histories, ages, progress) -> Lists:
+        """All titles, in the order of the catalogue."""
+        lists = Lists.empty(len(histories), 5)
+        lists.items[:, :len(TITLES)] = np.arange(len(TITLES))
+        return lists
+    lists = {"10 beams on titles": recommend, "5 beams, grounded": recommend}
+    found, arrays = result_table(lists, parts, None, True)
+    arrays["answers"] = np.zeros((len(parts[2]), 2))
+    record = {"method": "cetrec", "options": options, "base": str(folder), "vocabulary": 300,
+              "counts": {"test": len(parts[2])}, "checksums": {"items.csv": "0"},
+              "settings": SETTINGS, "versions": {"torch": "2"}, **found}
+    begin(folder, record, parts[2])
+    for name in ("run", "eval"):
+        finish(folder, record, arrays, parts[2], name)
     (folder / "log.jsonl").write_text('{"step": 1, "loss": 1.0, "loss_ta": 1.0, "loss_ct": null, '
                                       '"lr": 0.1, "ms": 3}\n{"step": 1, "validation_ta": 2.0}\n')
 
 
 def use_run(folder: Path) -> None:
-    """Read a run to evaluate it, to report on it, and to recommend with it."""
+    """Read a run to evaluate it, and to recommend with it."""
     read_run(folder, {})
-    Run.from_folder(folder)
     read_catalogue(folder)
+
+
+def use_report(folder: Path) -> None:
+    """Read a run to report on it and to compare it; print and draw all of that."""
+    run = Run.from_folder(folder)
+    results(folder)
+    print(describe(run), shown(run), compare([run, run]), as_html(comparison([run, run])))
+    if figures_available():
+        drawings([run, run], telling_user(run))
 
 
 def good_checkpoint(folder: Path) -> None:
@@ -255,8 +276,8 @@ READERS: dict[str, tuple[Callable, Callable, str]] = {      # good files, reader
     "tokenizer": (good_base, use_tokenizer, "*token*.json generation_config.json"),
     "base": (good_base, use_base, "config.json model.safetensors"),
     "adapter": (good_adapter, use_adapter, "*"),
-    "run": (lambda folder: (READERS["csv"][0](folder), good_run(folder)), use_run,
-            "run.json catalogue.json log.jsonl evaluation.safetensors"),
+    "run": (good_run, use_run, "run.json catalogue.json"),
+    "report": (good_run, use_report, "*.json* *evaluation.safetensors"),
     "checkpoint": (good_checkpoint, use_checkpoint, "*"),
     "titles": (good_titles, use_titles, "*"),
     "flags": (good_flags, use_flags, "*"),

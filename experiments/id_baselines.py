@@ -27,15 +27,15 @@ from data import Sequences
 from evaluate import LENGTH, METRICS, Lists, list_values
 from support import runs
 from support.counting import result_table
-from support.files import write_json
+from support.machine import choose_device
 from support.options import (Options, Where, add_flags, check_values, defaults, flag,
                              parse)
 from support.terminal import Parser, exit_status
 
 L = 10                          # items of the longest history, as in data.make_sequences
 SHARED = {"data", "data_dir", "domain", "sample", "chronological", "skip_bad_lines",
-          "order_strength", "clock", "limit_train", "seed", "eval_sequences", "exclude_history",
-          "device", "out"}
+          "drop_untitled", "keep_repeats", "order_strength", "clock", "limit_train", "seed",
+          "eval_sequences", "exclude_history", "device", "out"}
 
 # ----------------------------------------------------------------------------------------------
 # Three ways from a history to a state
@@ -330,7 +330,7 @@ def fit(model: IdModel, train_set: Sequences, valid_set: Sequences, recipe: Reci
 def run(options: Options, recipe: Recipe, out: Path) -> None:
     """Train and evaluate one model; write its run folder."""
     runs.check_writable(out)
-    device, _ = runs.choose_device(options)
+    device, _ = choose_device(options)
     (train_set, valid_set, test_set), synthetic, record = runs.open_data(options)
     torch.manual_seed(options.seed)
     model = recipe.model(len(train_set.titles)).to(device)
@@ -339,12 +339,13 @@ def run(options: Options, recipe: Recipe, out: Path) -> None:
     folder = runs.new_folder(out, f"{Path(options.data).resolve().name}-{recipe.method}")
     record |= {"method": recipe.method, "options": options.record(), "baseline": asdict(recipe),
                "versions": runs.versions(device)}
-    write_json(folder / "run.json", record)
+    runs.begin(folder, record, train_set)
     record["tuning"] = fit(model, train_set, valid_set.sample(1_000, options.seed), recipe,
                            options.seed)
     test_set = test_set.sample(options.eval_sequences, options.seed)
     lists = {"all items scored": ItemScores(model, options.exclude_history)}
-    results, arrays = result_table(lists, train_set, test_set, synthetic, options.exclude_history)
+    results, arrays = result_table(lists, (train_set, valid_set, test_set), synthetic,
+                                   options.exclude_history)
     runs.finish(folder, record | results, arrays, test_set)
 
 

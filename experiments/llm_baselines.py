@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cetrec import TemporalLlama, add_factors, answer_logits, cetrec_loss, tune_and_evaluate
+from cetrec import TemporalLlama, answer_logits, cetrec_loss, tune_and_evaluate
 from data import (DOMAINS, IGNORE, NO_ITEM, Batch, Catalogue, Example, Sequences, Tokenizer,
                   build_prompt, collate)
 from evaluate import Lists, prompts_by_length, read_prompts
@@ -387,7 +387,7 @@ def cft(options: Options, out: Path) -> None:
     """Tune and evaluate CFT in a new folder below `out`."""
     inputs = open_as("cft", options, out)
     model = TemporalLlama(inputs.llama, "none")
-    add_factors(model, options)
+    runs.add_factors(model.llama, options)
     lists = make_recommenders(model, inputs.catalogue, options)
     prompt = prompt_without_history(inputs.tokenizer, inputs.splits[0].domain)
     folder = runs.start(out, "cft", inputs)
@@ -404,7 +404,7 @@ def llara(options: Options, out: Path) -> None:
     steps, _ = options.schedule(len(options.repeat_if_small(inputs.splits[0])))
     torch.manual_seed(options.seed)         # whether or not a SASRec had to be trained
     model = LLaRA(inputs.llama, z, steps, options.seed)
-    add_factors(model, options)
+    runs.add_factors(model.llama, options)
     lists = make_recommenders(model, inputs.catalogue, options)
     folder = runs.start(out, "llara", inputs)
     tune_and_evaluate(inputs, model, lists, folder, llara_loss)
@@ -417,7 +417,7 @@ def p5(options: Options, out: Path) -> None:
                                 numbers=sequential_numbers(inputs.splits[0]))
     inputs = replace(inputs, tokenizer=tokenizer)
     model = P5(inputs.llama, tokenizer, options.seed)
-    add_factors(model, options)
+    runs.add_factors(model.llama, options)
     lists = {"10 beams on numbers": TitleBeams(model, inputs.catalogue, options.exclude_history)}
     folder = runs.start(out, "p5", inputs)
     tune_and_evaluate(inputs, model, lists, folder)
@@ -431,7 +431,7 @@ def e4srec(options: Options, out: Path) -> None:
     z = item_table(inputs, out)
     torch.manual_seed(options.seed)         # whether or not a SASRec had to be trained
     model = E4SRec(inputs.llama, z)
-    add_factors(model, options)
+    runs.add_factors(model.llama, options)
     lists = {"all items scored": LlmItemScores(model, inputs.catalogue, options.exclude_history)}
     folder = runs.start(out, "e4srec", inputs)
     tune_and_evaluate(inputs, model, lists, folder, item_loss)

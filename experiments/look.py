@@ -2,27 +2,27 @@
 
     python -m experiments.look --data ml-100k
 
-It prints the counts after each step of the preparation beside the paper's Table 2, how many
-interactions users and items have, the dates of the splits, how often the order of the file decides,
-how many test answers training never saw, how long prompts are, and one prompt.
+It prints what every run prints of its data, which is the counts of each step and how often the
+order of the file decides. Then it shows how many interactions users and items have, the dates of
+the splits, how many test answers training never saw, how long prompts are, and one prompt.
 """
 
 import math
 import sys
-from datetime import UTC, datetime
 
 import numpy as np
 
 from data import Catalogue, Sequences, Tokenizer, encode_sequences
 from support.checkpoints import read_tokenizer
 from support.counting import items_seen
+from support.datasets import day_of
 from support.options import Options, add_flags, parse
 from support.runs import open_data, show_prompt
 from support.terminal import Parser, exit_status
 from support.tiny import TINY_BASES, TinyBase, tokenizer_for
 
 FLAGS = {"data", "data_dir", "domain", "sample", "chronological", "index", "skip_bad_lines",
-         "order_strength", "clock", "seed"}
+         "drop_untitled", "keep_repeats",         "order_strength", "clock", "seed"}
 
 
 def histogram(values: np.ndarray) -> str:
@@ -54,14 +54,10 @@ def describe(splits: tuple[Sequences, Sequences, Sequences], users: int,
              tokenizer: Tokenizer) -> str:
     """What the splits of so many users hold, as text."""
     train_set, _, test_set = splits
-
-    def day(time) -> str:
-        return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d}" if train_set.dated else str(time)
     answers = np.concatenate([s.targets for s in splits])
     of_users, of_items = interactions_of_users(answers), np.bincount(train_set.items)
-    dates = [f"{name} {day(s.timestamps.min())}..{day(s.timestamps.max())}"
+    dates = [f"{name} {day_of(s.timestamps.min(), s.day)}..{day_of(s.timestamps.max(), s.day)}"
              for name, s in zip(("train", "valid", "test"), splits)]
-    tied = 100 * (train_set.times[answers] == train_set.times[answers - 1]).mean()
     unseen = 100 * (1 - items_seen(train_set)[test_set.items[test_set.targets]].mean())
     drawn = np.random.default_rng(0).choice(len(train_set), min(1_000, len(train_set)), False)
     prompts = Catalogue(train_set.titles, train_set.domain, tokenizer).prompts(
@@ -74,8 +70,6 @@ def describe(splits: tuple[Sequences, Sequences, Sequences], users: int,
         + (f"; {fewer:,} more have fewer than 4" if fewer else ""), histogram(of_users),
         "", "items by their number of interactions", histogram(of_items[of_items > 0]),
         "", f"answers | {' | '.join(dates)}",
-        f"ties | {tied:.1f} % of the answers have the time of the interaction before; there file "
-        "order decides",
         f"test answers never seen in training | {unseen:.1f} %",
         f"tokens of a prompt | median {np.median(lengths):.0f}, 95 % have up to "
         f"{np.quantile(lengths, 0.95):.0f}, longest {lengths.max()} of {len(drawn):,} drawn",

@@ -1,8 +1,13 @@
-"""One hand for the HTML pages: a style, tables, and numbers set as in a book."""
+"""One hand for the HTML pages: a style, what is escaped, tables, and numbers set as in a book."""
 
 import html
-import math
 import re
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from evaluate import METRICS
+from support.counting import columns, score_rows
+from support.terminal import visible
 
 STYLE = """
 :root { --ink: #222; --faint: #777; --paper: #fffefb; --wash: #f5f3ec; --line: #ddd8cc;
@@ -33,45 +38,74 @@ thead th { border-bottom: 1px solid var(--faint); color: var(--faint); }
 """
 
 
-def e(text) -> str:
-    """Text as HTML."""
-    return html.escape(str(text), quote=False)
+class Html(str):
+    """Text that is HTML already."""
 
 
-def typeset(cell: str) -> str:
+def e(text) -> Html:
+    """Text as HTML or SVG. It is escaped here and nowhere else; what is Html stays as it is."""
+    return text if isinstance(text, Html) else Html(html.escape(visible(str(text))))
+
+
+def h(template: str, *values) -> Html:
+    """HTML of our own, with values in the place of each {}."""
+    return Html(template.format(*map(e, values)))
+
+
+def md(*cells) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(visible(str(cell)).replace("|", "\\|").replace("<", "&lt;")
+                             for cell in cells) + " |"
+
+
+def head(*cells) -> list[str]:
+    """The first two rows of a Markdown table."""
+    return [md(*cells), "|" + "---|" * len(cells)]
+
+
+def typeset(cell: str) -> Html:
     """Numbers with a minus sign of their width, and without a sign where they are 0."""
-    return re.sub(r"(^|[\s\[])-(?=[\d.])", r"\1−", re.sub(r"^[-+](0\.0+)$", r"\1", cell))
+    unsigned = re.sub(r"^[-+](0\.0+)$", r"\1", e(cell))
+    return Html(re.sub(r"(^|[\s\[])-(?=[\d.])", r"\1−", unsigned))
 
 
-def table(head: list[str], rows: list[list[str]], note: str = "") -> str:
+def table(head: Sequence, rows: Iterable[Sequence], note: str = "") -> Html:
     """A table whose first column names things and whose others hold numbers.
 
-    Cells are HTML. A first cell that begins with two spaces is about the row above.
+    A first cell that begins with two spaces is about the row above.
     """
-    def line(cells: list[str]) -> str:
-        name, *values = cells
+    def line(name, *values) -> Html:
         below = ' class="below"' if name.startswith("  ") else ""
-        return f"<tr><th{below}>{name.strip()}</th>" + "".join(
-            f"<td>{typeset(value)}</td>" for value in values) + "</tr>"
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    top = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
-    body = "".join(map(line, rows))
-    text = f'<div class="table"><table>{top}<tbody>{body}</tbody></table></div>'
-    return text + (f'<p class="note">{note}</p>' if note else "")
+        return h(f"<tr><th{below}>{{}}</th>{'<td>{}</td>' * len(values)}</tr>",
+                 Html(e(name).strip()), *map(typeset, values))
+    top = h(f"<thead><tr>{'<th>{}</th>' * len(head)}</tr></thead>", *head) if any(head) else ""
+    return h('<div class="table"><table>{}<tbody>{}</tbody></table></div>{}', top,
+             Html("".join(line(*row) for row in rows)),
+             h('<p class="note">{}</p>', note) if note else "")
 
 
-def score_table(rows: dict[str, dict[str, tuple[float, float]]], note: str = "") -> str:
-    """What support.counting.format_table prints, without the standard errors of single cases."""
-    metrics, lines = list(next(iter(rows.values()))), []
-    for name, scores in rows.items():
-        percent, cells = " | change, " in name, []
-        for mean, error in scores.values():
-            form = "+.1f" if percent else ".4f"
-            number = "" if math.isnan(mean) else f"{mean:{form}}"
-            cells.append(number + ("" if math.isnan(error) or not number else
-                                   f" ± {error:{form.lstrip('+')}}") +
-                         (" %" if percent and number else ""))
-        head, _, below = name.rpartition(" | ")
-        lines.append([f"  {e(below)}" if head and head.partition(" | ")[0] in rows else e(name),
-                      *cells])
-    return table(["", *metrics], lines, note)
+# ----------------------------------------------------------------------------------------------
+# What is said as text and as HTML: lines, and tables as (title, head, rows) or with a note, too
+
+Part = str | tuple
+
+
+def scores(title: str, rows: dict[str, dict]) -> Part:
+    """The table of some rows' scores."""
+    return title, ["", *METRICS], score_rows(rows)
+
+
+def as_text(parts: Iterable[Part]) -> str:
+    """Lines and tables below one another."""
+    lines = []
+    for part in parts:
+        title, *of_table = (part,) if isinstance(part, str) else part
+        lines += ["", title, columns(*of_table[:2])] if of_table else [title]
+        lines += [textwrap.fill(note, 100) for note in of_table[2:]]
+    return "\n".join(lines)
+
+
+def as_html(parts: Iterable[Part]) -> Html:
+    """The same as HTML."""
+    return Html("\n".join(h("<p>{}</p>", typeset(part)) if isinstance(part, str) else
+                          h("<h3>{}</h3>\n{}", part[0], table(*part[1:])) for part in parts))

@@ -10,7 +10,6 @@ was made. The worked examples below are computed then, too, by the functions tha
 
 import ast
 import datetime
-import html
 import importlib.util
 import itertools
 import re
@@ -26,19 +25,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cetrec import (TemporalLlama, cetrec_loss, erase_order, new_run, open_tuned, rotary,
-                    sinusoidal, tuned_parameters, twin_forward)
+from cetrec import (TemporalLlama, cetrec_loss, erase_order, open_tuned, rotary, sinusoidal, tune,
+                    tuned_parameters, twin_forward)
 from data import (IGNORE, NO_ITEM, Batch, Example, Sequences, Tokenizer, build_prompt, collate,
                   encode_sequences)
 from evaluate import (METRICS, GroundedBeams, beam_search, clean, ground, hit_ratio, merge_lists,
                       ndcg)
-from experiments.markup import STYLE, e, table
+from experiments.markup import STYLE, Html, e, h, table
 from experiments.passages import PASSAGES, SYSTEMS, Passage
 from experiments.readme import effects, names_of_tests, results
 from experiments.report import Run
+from support.datasets import day_of
+from support.counting import score_rows
 from support.files import write_whole
 from support.options import Options, Where, add_flags, as_flag, parse
-from support.runs import RunInputs
+from support.runs import RunInputs, open_inputs
 from support.terminal import Parser, exit_status
 
 ROOT = Path(__file__).parent.parent
@@ -94,10 +95,9 @@ class Scene:
         answers = self.batch.answers
         return answers[answers != IGNORE], *twin_forward(self.model, self.batch)
 
-    def spelled(self, token: int) -> str:
+    def spelled(self, token: int) -> Html:
         """A token as HTML."""
-        text = self.tokenizer.bpe.decode([token], skip_special_tokens=False)
-        return f"<code>{e(text)}</code>"
+        return h("<code>{}</code>", self.tokenizer.bpe.decode([token], skip_special_tokens=False))
 
 
 def scene_of(folder: Path | None, flags: dict) -> Scene:
@@ -107,7 +107,8 @@ def scene_of(folder: Path | None, flags: dict) -> Scene:
     """
     with tempfile.TemporaryDirectory() as out:
         if folder is None:
-            folder, flags = new_run(Options.from_flags(SMALL | flags), Path(out)), {}
+            inputs = open_inputs(Options.from_flags(SMALL | flags), Path(out))
+            folder, flags = tune(inputs, Path(out)), {}
         inputs, model = open_tuned(folder, flags, "experiments.page")
         test_set = inputs.splits[2].sample(inputs.options.eval_sequences, inputs.options.seed)
         lengths = [len(test_set.history(number)) for number in range(len(test_set))]
@@ -119,10 +120,10 @@ def scene_of(folder: Path | None, flags: dict) -> Scene:
 # HTML: code, tables, pictures
 
 
-def markdown_table(text: str, heading: str = "") -> str:
+def markdown_table(text: str, heading: str = "") -> Html:
     """The first Markdown table of a text, behind a heading, as HTML."""
     lines = re.search(r"(?:^\|.*\n)+", text[text.index(heading):], re.MULTILINE)[0].splitlines()
-    cells = [[re.sub(r"`([^`]+)`", r"<code>\1</code>", e(cell.strip()))
+    cells = [[Html(re.sub(r"`([^`]+)`", r"<code>\1</code>", e(cell.strip())))
               for cell in line.strip("|").split("|")] for line in lines]
     return table(cells[0], cells[2:])
 
@@ -180,7 +181,7 @@ def outcomes() -> dict[str, str]:
 
 def svg(width: int, height: int, parts: list[str], label: str) -> str:
     """A picture that grows with its column."""
-    return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">'
+    return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{e(label)}">'
             f"{''.join(parts)}</svg>")
 
 
@@ -241,7 +242,7 @@ def example_sinusoidal(scene: Scene) -> str:
     """Eq. 3: p_k of three positions."""
     p = sinusoidal(torch.arange(3), 8)
     return table(["", *(f"{'sin' if j % 2 == 0 else 'cos'}" for j in range(8))],
-                 [[f"p<sub>{k}</sub>", *(f"{x:.3f}" for x in p[k])] for k in range(3)],
+                 [[h("p<sub>{}</sub>", k), *(f"{x:.3f}" for x in p[k])] for k in range(3)],
                  "Three positions in eight dimensions. The last pairs hardly move.")
 
 
@@ -260,7 +261,7 @@ def example_rotary(scene: Scene) -> str:
                          f'y2="{105 - 80 * b:.1f}" class="hand"/>')
             if pair == 0:
                 parts.append(text_at(centre + 93 * a, 109 - 93 * b, f"k={k}", "middle"))
-    rows = [[f"R<sub>{k}</sub> x", *(f"{v:.3f}" for v in turned[k])] for k in range(4)]
+    rows = [[h("R<sub>{}</sub> x", k), *(f"{v:.3f}" for v in turned[k])] for k in range(4)]
     return (svg(440, 215, parts, "a vector turned by R_k") +
             table(["", "x₀", "x₁", "x₂", "x₃"], rows, "x = (1, 0, 1, 0), with d = 4."))
 
@@ -274,7 +275,7 @@ def example_distance(scene: Scene) -> str:
         scores = [float(rotary(q, torch.tensor(m)) @ rotary(key, torch.tensor(m + distance)))
                   for m in (0, 5, 50)]
         rows.append([f"n = m + {distance}", *(f"{s:.4f}" for s in scores)])
-    return table(["⟨R<sub>m</sub> q, R<sub>n</sub> k⟩", "m = 0", "m = 5", "m = 50"], rows,
+    return table([Html("⟨R<sub>m</sub> q, R<sub>n</sub> k⟩"), "m = 0", "m = 5", "m = 50"], rows,
                  "One query and one key, drawn at random: rows differ, columns do not.")
 
 
@@ -311,7 +312,7 @@ def example_answer(scene: Scene) -> str:
     log_f, log_cf = (-F.cross_entropy(x, targets, reduction="none") for x in (logits_f, logits_cf))
     rows = [[scene.spelled(t), f"{f:.3f}", f"{cf:.3f}", f"{f - cf:+.3f}"]
             for t, f, cf in zip(targets.tolist(), log_f, log_cf)]
-    return table(["token", "log p(x<sub>t</sub>)", "log p(x<sub>0</sub>)", "effect"], [
+    return table(["token", Html("log p(x<sub>t</sub>)"), Html("log p(x<sub>0</sub>)"), "effect"], [
         *rows, ["the answer", f"{log_f.sum():.3f}", f"{log_cf.sum():.3f}",
                 f"{(log_f - log_cf).sum():+.3f}"]],
         f"ln V = {np.log(logits_f.shape[1]):.3f}: what a token costs that is one of all alike.")
@@ -326,13 +327,15 @@ def example_losses(scene: Scene) -> str:
              f"{part:.4f}"]
             for i, (t, part) in enumerate(zip(targets.tolist(), loss))]
     return table(["token y", "effect of y", "log Σ exp effect", "−log softmax"], [
-        *rows, ["mean, which is L<sub>CT</sub>", "", "", f"{loss.mean():.4f}"]])
+        *rows, [Html("mean, which is L<sub>CT</sub>"), "", "", f"{loss.mean():.4f}"]])
 
 
 def example_curves(scene: Scene) -> str:
     """L_TA and L_CT by step, on a scale of ratios."""
     log = [line for line in scene.run.log if "loss_ta" in line]
-    values = np.array([[line["loss_ta"], line["loss_ct"] or np.nan] for line in log])
+    if not log:
+        return "<p>The run has no log of its losses.</p>"
+    values = np.array([[line["loss_ta"], line.get("loss_ct") or np.nan] for line in log])
     low, high = 0.9 * np.nanmin(values), 1.1 * np.nanmax(values)
 
     def height(nats: float) -> float:
@@ -370,7 +373,7 @@ def example_split(scene: Scene) -> str:
     train_set, valid_set, _ = scene.inputs.splits
     for name, part in zip(("train", "valid", "test"), (train_set, valid_set, scene.test_set)):
         times = part.times[part.targets]
-        first, last = (str(np.datetime64(int(t), "s"))[:10] for t in (times.min(), times.max()))
+        first, last = (day_of(time, part.day) for time in (times.min(), times.max()))
         rows.append([name, f"{len(part):,}", first, last])
     return table(["", "sequences", "first answer", "last answer"], rows,
                  "Of the run that this page shows; training and test may be samples.")
@@ -398,7 +401,7 @@ def example_beams(scene: Scene) -> str:
         scene.options.length_penalty, scene.tokenizer.eos_ids)
     texts = [clean(scene.tokenizer.decode(answer)) for answer in answers]
     near = ground(model, texts, catalogue, length=20).tolist()
-    rows = [[e(text), f"{float(score):.2f}", e(titles[items[0]]), e(titles[items[1]])]
+    rows = [[text, f"{float(score):.2f}", titles[items[0]], titles[items[1]]]
             for text, score, items in zip(texts, scores, near)]
     listed = ", ".join(f"<b>{e(titles[i])}</b>" if titles[i] == scene.answer else e(titles[i])
                        for i in merge_lists(near, history))
@@ -408,27 +411,10 @@ def example_beams(scene: Scene) -> str:
 
 def example_reversal(scene: Scene) -> str:
     """Fig. 4 of the run: by how much each metric changes."""
-    rows, parts = scene.run.record["rows"], []
-    names = scene.run.lists
-    changes = {name: [rows[f"{name} | change, reversed"][m] for m in METRICS] for name in names}
-    low = min([-1.0, *(x for of_name in changes.values() for x, _ in of_name if x == x)])
-    wide = 480 / len(METRICS) / (len(names) + 0.6)
-    for m, metric in enumerate(METRICS):
-        left = 60 + 120 * m
-        parts.append(text_at(left + 55, 14, metric, "middle"))
-        for n, name in enumerate(names):
-            value = changes[name][m][0]
-            if value == value:
-                height = 150 * min(0, value) / low
-                parts += [f'<rect x="{left + wide * n:.1f}" y="24" width="{0.9 * wide:.1f}" '
-                          f'height="{height:.1f}" class="bar{n % 3}"/>',
-                          text_at(left + wide * (n + 0.45), 38 + height, f"{value:.0f} %",
-                                  "middle")]
-    parts.append('<line x1="50" y1="24" x2="550" y2="24" class="axis"/>')
-    keys = "; ".join(f'<span class="key bar{n % 3}"></span> {e(name)}'
-                     for n, name in enumerate(names))
-    return svg(584, 200, parts, "change of each metric under reversal") + (
-        f'<p class="note">{keys}. {e(scene.run.record["protocol"])}.</p>')
+    record, shown = scene.run.record, ("", " | reversed", " | change, reversed")
+    rows = {f"{name}{row}": record["rows"][f"{name}{row}"] for name in scene.run.lists
+            for row in shown}
+    return table(["", *METRICS], score_rows(rows), record["protocol"])
 
 
 EXAMPLES = {
@@ -522,14 +508,10 @@ p code { white-space: nowrap; }
 .tests li.failed::before { content: "✗ "; color: var(--orange); }
 .tests li.skipped::before { content: "– "; }
 svg { width: 100%; height: auto; margin: .6rem 0; font: 12px Georgia, serif; fill: var(--ink); }
-.faint { stroke: var(--line); fill: none; } .axis { stroke: var(--ink); }
+.faint { stroke: var(--line); fill: none; }
 .hand { stroke: var(--blue); stroke-width: 2; }
 .one, .two { fill: none; stroke: var(--blue); stroke-width: 1.5; }
 .two { stroke: var(--orange); stroke-dasharray: 5 3; }
-.bar0 { fill: var(--blue); background: var(--blue); }
-.bar1 { fill: var(--orange); background: var(--orange); }
-.bar2 { fill: var(--green); background: var(--green); }
-.key { display: inline-block; width: .8em; height: .8em; }
 .wide { display: block; }
 @media print { body { font-size: 10pt; } pre { font-size: 7pt; } section { break-inside: avoid; } }
 """

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cetrec import (TemporalLlama, add_factors, answer_logits, cetrec_loss, erase_order,
+from cetrec import (TemporalLlama, answer_logits, cetrec_loss, erase_order,
                     temporal_aware_loss, tune_and_evaluate)
 from data import IGNORE, NO_ITEM, Batch, Example, Tokenizer
 from llama import KeysValues
@@ -160,7 +160,7 @@ def run(name: str, options: Options, out: Path) -> None:
     inputs.record["method"] = "cetrec" if name == "stated" else name
     inputs = replace(inputs, tokenizer=reading.tokenizer(**vars(inputs.tokenizer)))
     model = reading.model(inputs.llama, options.temporal, options.sinpe_scale)
-    add_factors(model, options)
+    runs.add_factors(model.llama, options)
     lists = make_recommenders(model, inputs.catalogue, options)
     folder = runs.start(out, options.temporal if name == "stated" else name, inputs)
     tune_and_evaluate(inputs, model, lists, folder, reading.loss)

@@ -6,29 +6,51 @@ The titles are given oldest first. Every title of the catalogue is scored.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cetrec import open_tuned
-from experiments.titles import resolve_titles, side_by_side
+from cetrec import load_recommender
+from evaluate import Lists
 from support.options import Options, add_flags, parse
 from support.terminal import Parser, exit_status
-from support.trie import ExactTitles
 
 
 def recommend(folder: Path, typed: list[str], flags: dict) -> None:
     """Print ten titles after the typed ones, with their probabilities in both worlds of a run."""
-    inputs, model = open_tuned(folder, flags, "experiments.recommend")
-    if inputs.options.index == "time":
-        raise ValueError(f"{folder}: its index is time, and titles without dates have none")
-    titles = inputs.catalogue.titles
-    history = resolve_titles(typed, titles)
-    recommender = ExactTitles(model, inputs.catalogue, inputs.options.exclude_history)
+    recommender = load_recommender(folder, **flags)
+    titles, history = recommender.exact.catalogue.titles, recommender.history(typed)
     print("history, oldest first: " + ", ".join(
         f"{titles[item]} [k={k}]" for item, k in zip(history, range(len(history) - 1, -1, -1))))
+    if len(history) < len(typed):
+        print(f"the newest {len(history)} of {len(typed)} titles count, as in tuning")
     erased = np.zeros(len(history))             # every item at k = 0, as erase_order puts them
-    print(side_by_side(titles, recommender([history]), recommender([history], [erased])))
+    print(side_by_side(titles, recommender.exact([history]),
+                       recommender.exact([history], [erased])))
+
+
+def side_by_side(titles: Sequence[str], factual: Lists, erased: Lists, length: int = 10,
+                 answer: int | None = None) -> str:
+    """The first titles of one history's lists in both worlds, with their probabilities.
+
+    The answer, where it is given, is marked by *.
+    """
+    def cell(lists: Lists, rank: int) -> str:
+        """A title with its probability, or blanks where the list has ended."""
+        item = lists.items[0, rank] if rank < lists.items.shape[1] else -1
+        if item < 0:
+            return " " * 46
+        title = titles[item] if len(titles[item]) <= 34 else titles[item][:33] + "…"
+        percent = 100 * np.exp(lists.log_p[0, rank])
+        return (f"{'*' if item == answer else ' '} {title:<34}"
+                f"{percent:>8{'.3f' if percent >= 0.001 else '.0e'}} %")
+    lines = [f"    {'factual world':<36}{'p(title)':>10}   {'erased world':<36}{'p(title)':>10}"]
+    lines += [f"{rank + 1:>2}  {cell(factual, rank)}   {cell(erased, rank)}".rstrip()
+              for rank in range(length)]
+    if answer is not None:
+        lines.append(f"* the answer: {titles[answer]}")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,9 +59,9 @@ def main(argv: list[str] | None = None) -> int:
                 description="Recommend ten titles after a history of titles, in both worlds. Flags "
                 "that are not given are as in the run.")
     ap.add_argument("run", metavar="RUN", help="folder of a run, as cetrec.py writes it")
-    ap.add_argument("titles", metavar="TITLE", nargs="+", help="1 to 10 titles, oldest first; "
-                    "case, year and small slips do not matter")
-    add_flags(ap, Options, only={"data_dir", "device", "dtype", "model", "exclude_history"})
+    ap.add_argument("titles", metavar="TITLE", nargs="+", help="titles, oldest first; case, "
+                    "accents, year and small slips do not matter")
+    add_flags(ap, Options, only={"device", "dtype", "model", "exclude_history"})
     flags = parse(ap, argv)
     folder, titles = Path(flags.pop("run")), flags.pop("titles")
     return exit_status(lambda: recommend(folder, titles, flags))

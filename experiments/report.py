@@ -6,9 +6,10 @@
 A list of ten is of one *kind*: beams, titles or exact, as the flag --lists calls them.
 """
 
-import datetime
 import hashlib
 import json
+import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,16 +17,24 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
-from evaluate import METRICS, mean_and_error, summarise
+from evaluate import FEWEST, METRICS, mean_and_error, relative_change, summarise
 from experiments import figures
-from experiments.markup import e, score_table, table
-from support.counting import format_table
+from experiments.markup import Html, Part, as_html, as_text, h, scores, table
+from support.counting import known
 from support.files import read_object
-from support.options import LISTS
+from support.options import LARGEST, LISTS, Options, defaults
 from support.runs import read_catalogue
-from support.terminal import Parser, exit_status
+from support.terminal import Parser, exit_status, visible
+
+ORDERS = ("original", "reversed", "shuffled")           # of test histories
+KINDS = {"beams, grounded": "beams", "beams on titles": "titles", "all titles scored": "exact"}
+SHAPES = {"method": str, "options": dict, "counts": dict, "protocol": str, "arrays": str,
+          "rows": dict, "evaluated": str, "vocabulary": int, "versions": dict, "settings": dict,
+          "checksums": dict, "baseline": dict}          # of what is read in run.json
+USED = ("data", "chronological", "model", "seed", "temporal", "lambda_ct", "index", "sinpe_scale",
+        "lists", "eval_sequences")                      # of the options; others are shown as text
 
 # ----------------------------------------------------------------------------------------------
 # A run as its folder has it
@@ -33,12 +42,13 @@ from support.terminal import Parser, exit_status
 
 @dataclass(frozen=True)
 class Run:
-    """A run with its latest evaluation, which is its own or that of --eval-only."""
+    """A run with the evaluation that counts (see evaluations)."""
 
     name: str
     folder: Path
-    source: str                     # run.json or eval.json
-    record: dict                    # what is in it
+    source: str                     # of the record: run.json, eval.json, eval-2.json ...
+    record: dict
+    others: dict[str, dict]         # source -> record of every other evaluation
     log: list[dict]                 # a line for each step
     arrays: dict[str, np.ndarray]   # by test sequence
     titles: list[str]
@@ -46,45 +56,44 @@ class Run:
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Run":
         """Raises FileNotFoundError or ValueError that name the file."""
-        folder, anew = Path(folder), f"python cetrec.py --eval-only {folder} evaluates it anew"
-        own, later = folder / "run.json", folder / "eval.json"
-        record = read(own, read_record, "wanted the folder of a run, as cetrec.py writes it")
-        source, prefix = own, ""
-        if later.is_file() and later.stat().st_mtime >= own.stat().st_mtime:
-            record, source, prefix = read(later, read_record, anew), later, "eval-"
-        if "rows" not in record:
-            raise ValueError(f"{source}: this run is not complete; python cetrec.py --resume "
-                             f"{folder} goes on with it")
-
-        def arrays_of_record(path: Path) -> dict[str, np.ndarray]:
-            if hashlib.sha256(path.read_bytes()).hexdigest() != record["arrays"]:
-                raise ValueError(f"not of the same evaluation as {source.name} beside it")
-            return load_file(path)
-        arrays = read(folder / f"{prefix}evaluation.safetensors", arrays_of_record, anew)
-        titles = read(folder / "catalogue.json", lambda path: read_catalogue(path.parent)[1], anew)
-        log = []
+        folder, log = Path(folder), []
+        anew = f"python cetrec.py --eval-only {folder} evaluates it anew"
+        others = evaluations(folder, anew)
+        source = next(iter(others))
+        record = others.pop(source)
+        titles = read(folder / "catalogue.json", lambda path: read_catalogue(path.parent)[1],
+                      "copy it from where the run was made")
+        prefix = "" if source == "run.json" else f"{source.removesuffix('.json')}-"
+        arrays = read(folder / f"{prefix}evaluation.safetensors",
+                      lambda path: read_arrays(path, record["arrays"], len(titles)), anew)
         if (folder / "log.jsonl").is_file():
-            log = read(folder / "log.jsonl", lambda path: [
-                dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()],
-                "without the file there is a report without curves")
-        return cls(folder.resolve().name, folder, source.name, record, log, arrays, titles)
+            log = read(folder / "log.jsonl", read_log,
+                       "without the file there is a report without curves")
+        run = cls(visible(folder.resolve().name), folder, source, record, others, log, arrays,
+                  titles)
+        for name in lists_in(arrays):
+            rows = {name, f"{name} | change, reversed", f"{name} | change, shuffled"}
+            if name not in run.lists or rows - record["rows"].keys():
+                raise ValueError(f"{folder / source}: damaged; its options or its rows are without "
+                                 f"the lists called {name}; {anew}")
+        return run
 
     @property
     def options(self) -> dict:
-        """The options of the run, with those of its latest evaluation."""
+        """The options of the run, with those of its evaluation."""
         return self.record["options"]
 
     @property
     def kinds(self) -> dict[str, str]:
-        """Kind of list -> the name that it has in rows and arrays.
+        """Kind of list, in the order of --lists -> the name that it has in rows and arrays.
 
-        Rows stand in the order of support.trie.recommenders, kinds in that of the flag. Baselines
-        that score every item have one list only. It is compared with lists of all kinds.
+        Baselines that score every item have one list only. It is compared with lists of all kinds.
         """
-        kinds = [kind for kind in reversed(LISTS) if kind in self.options["lists"]]
-        names = [name for name in self.record["rows"] if f"values/{name}/original" in self.arrays]
-        named = dict(zip(kinds, names if len(names) > 1 else names * len(kinds)))
-        return {kind: named[kind] for kind in self.options["lists"] if kind in named}
+        found: dict[str, str] = {}
+        for name in lists_in(self.arrays):
+            kind = KINDS.get(name.lstrip("0123456789 "))
+            found |= {kind: name} if kind else dict.fromkeys(LISTS, name)
+        return {kind: found[kind] for kind in self.options["lists"] if kind in found}
 
     @property
     def lists(self) -> list[str]:
@@ -95,8 +104,12 @@ class Run:
     def setting(self) -> str:
         """What usually distinguishes runs."""
         method = self.record["method"]
-        name = self.options["temporal"] if method == "cetrec" else method
+        name = self.options["temporal"] if method == "cetrec" else visible(method)
         return f"{name}, λ = {self.options['lambda_ct']:g}" if method in ("cetrec", "cft") else name
+
+
+# ----------------------------------------------------------------------------------------------
+# Reading. Each file is checked here, once, and what the checks let pass everything below can show
 
 
 def read(path: Path, parse: Callable, otherwise: str):
@@ -106,20 +119,94 @@ def read(path: Path, parse: Callable, otherwise: str):
     try:
         return parse(path)
     except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"{path}: damaged, or of another version of this program ({error!r}); "
-                         f"{otherwise}") from None
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: damaged, or of another version of this program "
+                         f"({what.removeprefix(f'{path}: ')}); {otherwise}") from None
+
+
+def is_number(x) -> bool:
+    """Can it be shown as a number? nan can: it stands for what is not known."""
+    return type(x) in (int, float) and not abs(x) > LARGEST
 
 
 def read_record(path: Path) -> dict:
-    """What run.json or eval.json holds. Raises KeyError for what a report cannot do without."""
+    """What run.json or eval.json holds; without "rows" if the run is not complete."""
     record = read_object(path)
-    missing = {"lists", "temporal", "lambda_ct", "index", "sinpe_scale"} - record["options"].keys()
-    missing |= {"method"} - record.keys()
-    if "rows" in record:
-        missing |= {"protocol", "arrays"} - record.keys()
-    if missing:
-        raise KeyError(min(missing))
+    for key in ("method", "options", "counts", *(("protocol", "arrays") * ("rows" in record))):
+        record[key]
+    for key in record.keys() & SHAPES.keys():
+        if type(record[key]) is not SHAPES[key]:
+            raise ValueError(f"{key} is {record[key]!r:.60}; wanted a value of type "
+                             f"{SHAPES[key].__name__}")
+    options = record["options"]
+    Options.from_record(defaults(Options) | {name: options[name] for name in USED})
+    if not is_number(record["counts"]["test"]) or record.get("vocabulary", 1) < 1:
+        raise ValueError("its counts are no numbers")
+    for row, found in record.get("rows", {}).items():
+        if type(found) is not dict or found.keys() != METRICS.keys() or not all(
+                type(score) is list and len(score) == 2 and all(map(is_number, score))
+                for score in found.values()):
+            raise ValueError(f"row {row!r:.60} is {found!r:.60}; wanted mean and standard error of "
+                             f"{', '.join(METRICS)}")
     return record
+
+
+def read_arrays(path: Path, digest: str, items: int) -> dict[str, np.ndarray]:
+    """The arrays that go with a record and a catalogue."""
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError("not of the same evaluation as the record beside it")
+    arrays = load(content)
+    for key in ("sequence", "target", "history", "seen", "popularity", *(
+            f"{what}/{name}/{order}" for what in ("lists", "values", "valid")
+            for name in lists_in(arrays) for order in ORDERS)):
+        arrays[key]
+    if not lists_in(arrays) or len(arrays["popularity"]) != items:
+        raise ValueError(f"not lists of the {items:,} items in catalogue.json")
+    return arrays
+
+
+def lists_in(arrays: dict[str, np.ndarray]) -> list[str]:
+    """The names of the lists that an evaluation made."""
+    return [key.split("/")[1] for key in sorted(arrays)
+            if key.startswith("values/") and key.endswith("/original")]
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl: of a step with its losses, or of an epoch with its validation."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        keys = ("loss_ta", "loss_ct") if "loss_ta" in line else ("validation_ta",)
+        numbers = [line["step"], *(line[key] for key in keys)]
+        if not all(is_number(x) or x is None and key == "loss_ct"
+                   for key, x in zip(("step", *keys), numbers)):        # None where λ = 0
+            raise ValueError(f"{line!r:.60} has other values than numbers")
+    return lines
+
+
+def evaluations(folder: Path, anew: str) -> dict[str, dict]:
+    """The records of all evaluations of a run by their files, the one that counts first.
+
+    That is the one of the most test sequences, and of equal ones the last. One from before the end
+    of tuning is of factors that are no more; it counts only while the run is not complete. What is
+    recorded decides: the times of files change when a folder is copied.
+    """
+    own = read(folder / "run.json", read_record,
+               "wanted the folder of a run, as cetrec.py writes it")
+    found = {path.name: read(path, read_record, f"delete it, and {anew}")
+             for path in sorted(folder.iterdir()) if re.fullmatch(r"eval(-\d+)?\.json", path.name)
+             } | {"run.json": own}
+
+    def weight(source: str) -> tuple:
+        """What counts more is greater."""
+        record, at = found[source], found[source].get("evaluated", "")
+        size = min(record["options"]["eval_sequences"] or math.inf, record["counts"]["test"])
+        return at >= own.get("evaluated", ""), size, at
+    ended = [source for source, record in found.items() if "rows" in record]
+    if not ended:
+        raise ValueError(f"{folder / 'run.json'}: this run is not complete; python cetrec.py "
+                         f"--resume {folder} goes on with it")
+    return {source: found[source] for source in sorted(ended, key=weight, reverse=True)}
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
@@ -178,101 +265,91 @@ COLUMNS = {
     "exact firsts": "share of the first items of the exact lists that come first here too"}
 
 
-def recommended(run: Run) -> tuple[list[str], dict[str, list[str]]]:
-    """What is recommended: the columns that there is something in, and a line of cells for each
-    kind of list and for the answers."""
-    popularity, targets = run.arrays["popularity"], run.arrays["target"]
+def recommended(run: Run) -> Part:
+    """What is recommended, in columns that there is something in."""
+    popularity = run.arrays["popularity"]
     lists = {name: run.arrays[f"lists/{name}/original"] for name in run.lists}
-    exact = lists.get(run.kinds.get("exact"))
-    lines = {}
+    exact, lines = lists.get(run.kinds.get("exact")), {}
+
+    def share(part: np.ndarray | float) -> str:
+        return f"{100 * np.mean(part):.1f} %"
     for name, tens in lists.items():
         used, valid = tens[tens >= 0], run.arrays[f"valid/{name}/original"]
-        cells = [f"{100 * len(np.unique(used)) / len(run.titles):.1f} %",
-                 f"{popularity[used].mean():.1f}"]
-        cells += [f"{100 * part.mean():.1f} %" for part in (valid, valid[:, :1])
-                  ] if valid.size else ["", ""]
-        cells += [] if exact is None or tens is exact else [
-            f"{100 * agreement(exact, tens):.1f} %",
-            f"{100 * (exact[:, 0] == tens[:, 0]).mean():.1f} %"]
-        lines[name] = cells
-    lines["test answers"] = ["", f"{popularity[targets].mean():.1f}"]
-    shown = [i for i in range(len(COLUMNS)) if any("".join(c[i:i + 1]) for c in lines.values())]
-    return [list(COLUMNS)[i] for i in shown], {
-        name: [(cells + [""] * len(COLUMNS))[i] for i in shown] for name, cells in lines.items()}
+        lines[name] = {"coverage": share(len(np.unique(used)) / len(run.titles)),
+                       "popularity": f"{popularity[used].mean():.1f}"}
+        if valid.size:
+            lines[name] |= {"titles": share(valid), "first beams": share(valid[:, :1])}
+        if exact is not None and tens is not exact:
+            lines[name] |= {"exact tens": share(agreement(exact, tens)),
+                            "exact firsts": share(exact[:, 0] == tens[:, 0])}
+    lines["test answers"] = {"popularity": f"{popularity[run.arrays['target']].mean():.1f}"}
+    head = [column for column in COLUMNS if any(column in cells for cells in lines.values())]
+    rows = [[name, *(cells.get(column, "") for column in head)] for name, cells in lines.items()]
+    return ("what is recommended", ["", *head], rows,
+            "; ".join(f"{column}: {COLUMNS[column]}" for column in head))
 
 
-def lists_table(run: Run) -> str:
-    """The same as text, with a legend."""
-    names, lines = recommended(run)
-    width = max(map(len, lines))
-    rows = [f"{head:<{width}}" + "".join(f"{cell:>{len(name) + 2}}"
-                                         for name, cell in zip(names, cells))
-            for head, cells in ({"": names} | lines).items()]
-    return "\n".join(line.rstrip() for line in rows) + "\n" + "\n".join(
-        f"  {name}: {COLUMNS[name]}" for name in names)
-
-
-def standing(run: Run) -> str:
+def standing(run: Run) -> Part:
     """Where a run on the synthetic world is between the best recommender that is blind to order
     and the best that knows it."""
     rows = run.record["rows"]
     blind, aware = rows["best, order-blind"], rows["best, order-aware"]
+    if any(math.isnan(blind[m][1]) for m in METRICS):
+        return "too few test sequences to say where the lists are between the best recommenders"
     if any(aware[m][0] - blind[m][0] <= max(1e-9, blind[m][1]) for m in METRICS):
         return ("order decides nothing here: the best order-aware and the best order-blind "
                 "recommender coincide")
-    lines = ["on the way from the best order-blind recommender (0 %) to the best order-aware one "
-             "(100 %)"]
-    for name in run.lists:
-        way = {m: (rows[name][m][0] - blind[m][0]) / (aware[m][0] - blind[m][0]) for m in METRICS}
-        lines.append(f"  {name}: " + ", ".join(f"{m} {100 * x:+.0f} %" for m, x in way.items()))
-    return "\n".join(lines)
+    way = {name: [(rows[name][m][0] - blind[m][0]) / (aware[m][0] - blind[m][0]) for m in METRICS]
+           for name in run.lists}
+    return ("on the way from the best order-blind recommender (0 %) to the best order-aware one "
+            "(100 %)", ["", *METRICS],
+            [[name, *(f"{100 * x:+.0f} %" for x in shares)] for name, shares in way.items()])
 
 
-BY_GROUP = "by length of history, and by whether training saw the answer"
-
-
-def effect(run: Run) -> str:
-    """The effect of order on the answers, where there is a temporal embedding, else nothing."""
-    answers = run.arrays.get("answers")
-    if answers is None:
-        return ""
+def effect(answers: np.ndarray) -> str:
+    """The effect of order on the answers, whose log p in both worlds is given."""
     (nats, error), (p, p_error) = (mean_and_error(part[:, 0] - part[:, 1])
                                    for part in (answers, np.exp(answers)))
-    return ("effect of order on the answer (Eq. 7), factual minus erased world\n"
-            f"  log p {nats:+.4f} ± {error:.4f} nats, p {p:+.5f} ± {p_error:.5f}")
+    return (f"effect of order on the answer (Eq. 7): log p {nats:+.4f} ± {known(error, '.4f')} "
+            f"nats, p {p:+.5f} ± {known(p_error, '.5f')}")
+
+
+def evaluation(source: str, record: dict) -> str:
+    """Which evaluation it is, and how it was done."""
+    return f"{source}, {record.get('evaluated', 'at a time not recorded')}: {record['protocol']}"
+
+
+def about(run: Run) -> list[Part]:
+    """All that is known of one run's lists."""
+    parts = [scores(evaluation(run.source, run.record), run.record["rows"])]
+    if "answers" in run.arrays:             # where there is a temporal embedding
+        parts.append(effect(run.arrays["answers"]))
+    parts += [scores("by length of history, and by whether training saw the answer", groups(run)),
+              recommended(run)]
+    if {"best, order-aware", "best, order-blind"} <= run.record["rows"].keys():
+        parts.append(standing(run))
+    tuned = run.others.get("run.json", run.record).get("evaluated", "")
+    for source, record in run.others.items():
+        early = record.get("evaluated", "") < tuned
+        parts.append(scores(f"{'before the end of tuning' if early else 'another evaluation'}: "
+                            f"{evaluation(source, record)}", record["rows"]))
+    return parts
 
 
 def describe(run: Run) -> str:
-    """All that is known of one run, as text."""
-    parts = [
-        f"{run.name} | {run.setting} | evaluation in {run.source}\n{run.record['protocol']}\n"
-        f"{format_table(run.record['rows'])}\n{effect(run)}".rstrip("\n"),
-        f"{BY_GROUP}\n{format_table(groups(run))}",
-        f"what is recommended\n{lists_table(run)}"]
-    if "best, order-blind" in run.record["rows"]:
-        parts.append(standing(run))
-    return "\n\n".join(parts)
+    """The same as text."""
+    return as_text([f"{run.name} | {run.setting}", *about(run)])
 
 
-def shown(run: Run) -> str:
-    """The same as HTML, below what the run was: data, base, seed, day, options."""
+def shown(run: Run) -> Html:
+    """The same as HTML, below what the run was: data, base, seed, options."""
     o, versions = run.options, run.record.get("versions", {})
-    day = datetime.datetime.fromtimestamp((run.folder / run.source).stat().st_mtime).date()
     facts = [["data", o["data"]], ["base", run.record.get("base", o["model"])],
-             ["method", run.setting], ["seed", o["seed"]], ["evaluated", f"{day:%d %B %Y}"],
+             ["method", run.setting], ["seed", o["seed"]],
              ["on", f"{versions.get('device', 'unknown')}, torch {versions.get('torch', '?')}"]]
-    names, lines = recommended(run)
-    parts = [table(["", ""], [[name, e(value)] for name, value in facts]),
-             "<details><summary>all options</summary>" + table(["", ""], [
-                 [f"<code>{name}</code>", e(value)] for name, value in o.items()]) + "</details>",
-             score_table(run.record["rows"], e(run.record["protocol"])),
-             f"<p>{e(effect(run))}</p>" if effect(run) else "",
-             f"<h3>{BY_GROUP}</h3>", score_table(groups(run)), "<h3>what is recommended</h3>",
-             table(["", *names], [[e(name), *cells] for name, cells in lines.items()],
-                   "; ".join(f"{name}: {COLUMNS[name]}" for name in names))]
-    if "best, order-blind" in run.record["rows"]:
-        parts += [f"<p>{e(line.strip())}</p>" for line in standing(run).splitlines()]
-    return "\n".join(parts)
+    return h("{}\n<details><summary>all options</summary>{}</details>\n{}", table(["", ""], facts),
+             table(["", ""], [[h("<code>{}</code>", name), value] for name, value in o.items()]),
+             as_html(about(run)))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -284,114 +361,119 @@ def paired_bootstrap(one: np.ndarray, other: np.ndarray, resamples: int = 2_000,
     """other - one for every metric, with the 95 % interval of resampled test sequences.
 
     one, other: what lists for the same sequences are worth, (n, 4) each.
-    -> metric: (difference, low, high)
+    -> metric: (difference, low, high), where nan stands for an interval from fewer than ten hits
     """
     rng, n, gains = np.random.default_rng(seed), len(one), other - one
     means = np.stack([gains[rng.integers(0, n, n)].mean(axis=0) for _ in range(resamples)])
-    low, high = np.quantile(means, (0.025, 0.975), axis=0)
+    few = np.count_nonzero(one + other, axis=0) < FEWEST
+    low, high = np.where(few, math.nan, np.quantile(means, (0.025, 0.975), axis=0))
     return {name: (float(d), float(a), float(b))
             for name, d, a, b in zip(METRICS, gains.mean(axis=0), low, high)}
 
 
-def cases(run: Run, rows: np.ndarray) -> np.ndarray:
-    """The histories and answers of some test sequences, to be compared.  -> (len(rows), 11)"""
-    history = run.arrays["history"][rows]           # padded to the longest of this evaluation
-    padded = np.full((len(rows), 11), -1)
-    padded[:, :history.shape[1]], padded[:, -1] = history, run.arrays["target"][rows]
-    return padded
+def paired(one: np.ndarray, other: np.ndarray) -> list[tuple[str, str, str]]:
+    """The same as text: metric, difference, interval."""
+    return [(metric, f"{gain:+.4f}", "–" if math.isnan(low) else f"[{low:+.4f}, {high:+.4f}]")
+            for metric, (gain, low, high) in paired_bootstrap(one, other).items()]
 
 
-def common_sequences(first: Run, run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Where the test sequences that both have are in the arrays of each.
+def on_common(runs: Sequence[Run]) -> list[Run]:
+    """The runs with the test sequences that all of them have, in the same order, and with the
+    scores of their lists on these.
 
-    Raises ValueError if there are none, or if they are not the same in both.
+    Raises ValueError if there are none, or if they are not the same in all.
     """
-    _, of_first, of_run = np.intersect1d(first.arrays["sequence"], run.arrays["sequence"],
-                                         return_indices=True)
-    if first.titles != run.titles or not np.array_equal(cases(first, of_first),
-                                                        cases(run, of_run)):
-        raise ValueError(f"{run.name} was tested on other data than {first.name}; wanted runs of "
-                         "one data set, prepared alike")
-    if not len(of_run):
-        raise ValueError(f"{run.name} shares no test sequence with {first.name}; evaluate both "
-                         "with --eval-sequences 0")
-    return of_first, of_run
-
-
-def kind_rows(runs: Sequence[Run], kind: str) -> dict[str, dict]:
-    """What lists of one kind are worth, and what reversal changes: two rows for each run."""
-    rows = {}
+    first, common = runs[0], runs[0].arrays["sequence"]
     for run in runs:
-        name, scores = run.kinds[kind], run.record["rows"]
-        rows[f"{run.name}, {run.setting}"] = scores[name]
-        rows[f"{run.name}, {run.setting} | change, reversed"] = scores[f"{name} | change, reversed"]
-    return rows
+        common = np.intersect1d(common, run.arrays["sequence"])
+    rows = [np.intersect1d(run.arrays["sequence"], common, return_indices=True)[1] for run in runs]
+    for run, of_run in zip(runs, rows):
+        if run.titles != first.titles or cases(run, of_run) != cases(first, rows[0]):
+            what = ", ".join(f"{name} ({one} and {other})"
+                             for name, (one, other) in differing([first, run]).items())
+            raise ValueError(f"{run.name} was tested on other data than {first.name}; wanted runs "
+                             f"of one data set, prepared alike, but these differ in {what}")
+    if not len(common):
+        raise ValueError(f"{', '.join(run.name for run in runs)} share no test sequence; evaluate "
+                         "them with --eval-sequences 0")
+    return [select(run, of_run) for run, of_run in zip(runs, rows)]
 
 
-def differences(first: Run, run: Run, kind: str) -> tuple[str, list[list[str]]]:
-    """What lists of one kind are worth in a run, minus what they are worth in the first: a line on
-    that, and for each metric its name, the difference and its interval."""
-    of_first, of_run = common_sequences(first, run)
-    one = first.arrays[f"values/{first.kinds[kind]}/original"][of_first]
-    other = run.arrays[f"values/{run.kinds[kind]}/original"][of_run]
-    return (f"{run.name} minus {first.name} on the same {len(one):,} test sequences, with the 95 "
-            "% interval of a paired bootstrap"), [
-            [name, f"{difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]"]
-            for name, (difference, low, high) in paired_bootstrap(one, other).items()]
+def select(run: Run, rows: np.ndarray) -> Run:
+    """The run with some of its test sequences, and the scores of its lists on these."""
+    arrays = {key: array if key in ("popularity", "seen") else array[rows]
+              for key, array in run.arrays.items()}
+    scores = {}
+    for name in run.lists:
+        original, *changed = (arrays[f"values/{name}/{order}"] for order in ORDERS)
+        scores[name] = summarise(original)
+        for order, values in zip(ORDERS[1:], changed):
+            scores[f"{name} | change, {order}"] = relative_change(original, values)
+    return replace(run, arrays=arrays, record=run.record | {"rows": scores})
 
 
-def comparable(runs: Sequence[Run]) -> None:
-    """Raise ValueError for runs that cannot be compared."""
-    first, others = runs[0], runs[1:]
-    for run in others:
-        common_sequences(first, run)
+def cases(run: Run, rows: np.ndarray) -> list[list[int]]:
+    """The history of each of these test sequences, without what pads it, and its answer."""
+    return [[*history[history >= 0], answer] for history, answer in zip(
+        run.arrays["history"][rows], run.arrays["target"][rows])]
+
+
+def differing(runs: Sequence[Run]) -> dict[str, list]:
+    """The options, data and bases that the runs do not have in common.  name -> value of each run
+    """
+    found = []
+    for record in (run.record for run in runs):
+        data = {f"{part}: {key}": value for part in ("counts", "checksums")
+                for key, value in record.get(part, {}).items()}
+        found.append({"method": record["method"], **record["options"], **record.get("baseline", {}),
+                      **data, "base": record.get("settings", {}).get("base")})
+    values = {name: [facts.get(name) for facts in found]
+              for name in dict.fromkeys(name for facts in found for name in facts)}
+    return {name: of_runs for name, of_runs in values.items()
+            if any(value != of_runs[0] for value in of_runs)}
+
+
+def of_one_kind(runs: Sequence[Run], kind: str) -> list[Part]:
+    """What lists of one kind are worth in each run, and what reversal changes; and the differences
+    to the first of these runs."""
+    rows, parts = {}, []
+    for run in runs:
+        name, of_run = run.kinds[kind], run.record["rows"]
+        rows[f"{run.name}, {run.setting}"] = of_run[name]
+        rows[f"{run.name}, {run.setting} | change, reversed"] = of_run[f"{name} | change, reversed"]
+    one, *others = (run.arrays[f"values/{run.kinds[kind]}/original"] for run in runs)
+    for run, other in zip(runs[1:], others):
+        head, gains, intervals = zip(("", "difference", "interval"), *paired(one, other))
+        parts.append((f"{run.name} minus {runs[0].name}, with the 95 % interval of a paired "
+                      "bootstrap", head, [gains, intervals]))
+    return [scores(" / ".join(dict.fromkeys(run.kinds[kind] for run in runs)), rows), *parts]
+
+
+def comparison(runs: Sequence[Run]) -> list[Part]:
+    """How the runs were evaluated, what differs, and what the lists of each kind are worth on the
+    same test sequences. Raises ValueError for runs that cannot be compared."""
+    runs, parts = on_common(runs), {}
+    first = runs[0]
+    for run in runs:
         if not first.kinds.keys() & run.kinds.keys():
             raise ValueError(f"{run.name} has {', '.join(run.kinds)} and {first.name} has "
                              f"{', '.join(first.kinds)}: no lists of one kind; evaluate one of "
                              "them again with other --lists")
-
-
-def protocols(runs: Sequence[Run]) -> list[str]:
-    """How the runs were evaluated: one line if all alike."""
-    lines = [run.record["protocol"] for run in runs]
-    return lines[:1] if len(set(lines)) == 1 else [
-        f"{run.name} | {line}" for run, line in zip(runs, lines)]
-
-
-def compared(runs: Sequence[Run]) -> list[tuple[str, dict, list]]:
-    """For each kind of list: the lists' names, the rows of a table, and the paired differences of
-    the others to the first run. Raises ValueError for runs that cannot be compared."""
-    comparable(runs)
-    first, parts = runs[0], []
     for kind in dict.fromkeys(kind for run in runs for kind in run.kinds):
         have = [run for run in runs if kind in run.kinds]
-        parts.append((" / ".join(dict.fromkeys(run.kinds[kind] for run in have)),
-                      kind_rows(have, kind),
-                      [differences(first, run, kind) for run in have[1:] if kind in first.kinds]))
-    return parts
+        names = tuple(run.kinds[kind] for run in have)      # those of baselines alone come but once
+        parts[names] = of_one_kind(have, kind)
+    different = [[name, *values] for name, values in differing(runs).items()]
+    return [*(f"{run.name} | {evaluation(run.source, run.record)}" for run in runs),
+            f"compared on the same {len(first.arrays['target']):,} test sequences",
+            ("options and data that differ" + ": none" * (not different),
+             ["", *(run.name for run in runs)], different),
+            *(part for of_kind in parts.values() for part in of_kind)]
 
 
 def compare(runs: Sequence[Run]) -> str:
-    """What each run reached, and the differences to the first, for each kind of list, as text."""
-    lines = protocols(runs)
-    for names, rows, gaps in compared(runs):
-        lines += ["", names, format_table(rows)]
-        for heading, of_metrics in gaps:
-            lines.append(heading)
-            lines += [f"  {name:<8}{gap}  {interval}" for name, gap, interval in of_metrics]
-    return "\n".join(lines)
-
-
-def compared_shown(runs: Sequence[Run]) -> str:
-    """The same as HTML."""
-    parts = [f"<p>{e(line)}</p>" for line in protocols(runs)]
-    for names, rows, gaps in compared(runs):
-        parts += [f"<h3>{e(names)}</h3>", score_table(rows)]
-        for heading, of_metrics in gaps:
-            parts.append(table(["", *(name for name, _, _ in of_metrics)], [
-                ["difference", *(gap for _, gap, _ in of_metrics)],
-                ["interval", *(interval for _, _, interval in of_metrics)]], e(heading)))
-    return "\n".join(parts)
+    """The same as text."""
+    return as_text(comparison(runs))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -400,16 +482,13 @@ def compared_shown(runs: Sequence[Run]) -> str:
 
 def telling_user(run: Run, without: Run | None = None) -> int:
     """The first test sequence whose answer the run lists as long as the history is in order, and
-    another run, if given, does not list; else the first of all."""
+    another run of the same sequences, if given, does not list; else the first of all."""
     def lists_answer(of_run: Run, order: str) -> np.ndarray:
         tens = of_run.arrays[f"lists/{of_run.lists[0]}/{order}"]
         return (tens == of_run.arrays["target"][:, None]).any(axis=1)
     served = lists_answer(run, "original") & ~lists_answer(run, "reversed")
     if without is not None:
-        of_run, of_other = common_sequences(run, without)
-        missed = np.zeros(len(served), dtype=bool)
-        missed[of_run] = ~lists_answer(without, "original")[of_other]
-        served &= missed
+        served &= ~lists_answer(without, "original")
     return int(np.argmax(served))
 
 
@@ -429,11 +508,12 @@ def change_rates(runs: Sequence[Run], kind: str) -> dict[str, tuple[np.ndarray, 
 def drawings(runs: Sequence[Run], user: int) -> list[tuple[str, str, object]]:
     """(file name, caption, figure) of all figures that there is something to draw for."""
     drawn = [("training", "Losses while tuning", figures.training_curves(runs))]
+    common = on_common(runs)
     for kind in dict.fromkeys(kind for run in runs for kind in run.kinds):
         drawn.append((f"order-{kind}", "Change of the metrics when test histories are "
                       f"{'reversed' if len(runs) > 1 else 'reversed or shuffled'} (Fig. 4), lists: "
-                      f"{kind}", figures.change_bars(change_rates(runs, kind))))
-    drawn.append(("lambda", "Hit ratio against λ", figures.lambda_curve(runs)))
+                      f"{kind}", figures.change_bars(change_rates(common, kind))))
+    drawn.append(("lambda", "Hit ratio against λ", figures.lambda_curve(common)))
     history = [item for item in runs[0].arrays["history"][user].tolist() if item >= 0]
     different: dict[tuple, Run] = {}                # runs of one setting share a picture
     for run in runs:
@@ -461,7 +541,7 @@ def write_report(runs: Sequence[Run], folder: Path, user: int | None = None) -> 
         raise ValueError(f"--user is {user}; {runs[0].name} was tested on sequences 0 to {n - 1}")
     parts = [(run.name, shown(run)) for run in runs]
     if len(runs) > 1:
-        parts.insert(0, ("comparison", compared_shown(runs)))
+        parts.insert(0, ("comparison", as_html(comparison(runs))))
     available = figures.figures_available()
     drawn = drawings(runs, user) if available else []
     notes = [] if available else [figures.NO_MATPLOTLIB]

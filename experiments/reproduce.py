@@ -22,6 +22,7 @@ has for them. Records of that kind are kept in experiments/results.
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,18 +30,18 @@ from pathlib import Path
 import numpy as np
 
 import cetrec
-from cetrec import TemporalLlama, add_factors, tune_and_evaluate
-from evaluate import METRICS
+from evaluate import FEWEST, METRICS
 from experiments import figures, readings
 from experiments.cells import Cells
-from experiments.report import Run, common_sequences, paired_bootstrap, telling_user
+from experiments.markup import head, md
+from experiments.report import (Run, on_common, paired, read, read_log, read_record,
+                                telling_user)
 from support.checkpoints import find_checkpoint
 from support.files import read_object, write_whole
 from support.options import Options, Where, add_flags, as_flag, parse
 from support.processes import rank
-from support.runs import open_inputs, resumable, start
+from support.runs import open_inputs
 from support.terminal import Parser, exit_status
-from support.trie import make_recommenders
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = {"data", "data_dir", "sample", "model", "chronological", "limit_train", "lr", "epochs",
@@ -52,6 +53,7 @@ BEYOND = ("best, clock-aware", "best, order-aware", "best, order-blind",
           "co-occurrence, newest item", "co-occurrence, whole history", "popularity")
 SHARES = (0, 0.05, 0.1, 0.25, 0.5, 1)
 MISLED = "best, order-aware | reversed"
+A_RUN = "wanted the folder of a run, as cetrec.py writes it"
 
 # ----------------------------------------------------------------------------------------------
 # What is run. A section is a table: its title, and the flags of each of its rows. The first row is
@@ -165,33 +167,51 @@ def means(records: list[dict], row: str) -> np.ndarray:
     return np.array([record["rows"][row] for record in records])[:, :, 0]
 
 
+def rates(records: list[dict], row: str, order: str) -> np.ndarray:
+    """The changes of the four metrics of a row for each seed, in per cent.  -> (seeds, 4)
+
+    They are nan where fewer than ten hits tell them. Records of earlier versions do not know that,
+    but where answers were drawn, HR@K counts the hits, and those of NDCG@K are the same.
+    """
+    found = means(records, f"{row} | change, {order}")
+    for record, of_seed in zip(records, found):
+        n = re.match(r"([\d,]+) test sequences(?!.* true distribution)", record["protocol"])
+        if n:
+            shares = np.repeat([mean for mean, _ in record["rows"][row][::2]], 2)
+            of_seed[(int(n[1].replace(",", "")) * shares).round() < FEWEST] = math.nan
+    return found
+
+
 def spread(values, form: str = ".4f") -> str:
-    """Mean ± standard deviation, where there are several."""
+    """Mean ± standard deviation, where there are several; – where one of them is not known."""
+    if np.isnan(values).any():
+        return "–"
     sign = f" ± {np.std(values, ddof=1):{form.lstrip('+')}}" if len(values) > 1 else ""
     return f"{np.mean(values):{form}}{sign}"
 
 
 def table(records: Records) -> list[str]:
     """What the lists of each row are worth, and where the best and the simplest stand."""
-    lines = [f"| | list | {' | '.join(METRICS)} | NDCG@10 reversed, % | shuffled, % | "
-             "effect, nats | validation L_TA |", "|---|---|" + "---|" * (len(METRICS) + 4)]
+    lines = head("", "list", *METRICS, "NDCG@10 reversed, %", "shuffled, %", "effect, nats",
+                 "validation L_TA")
     for name, of_seeds in records.items():
         effect = (spread([r["effect"][0] for r in of_seeds], "+.2f") if of_seeds[0]["effect"]
                   else "")
         loss = spread([r["validation_ta"] for r in of_seeds])
         for kind in lists_of(of_seeds[0]):
-            cells = " | ".join(map(spread, means(of_seeds, kind).T))
-            change = " | ".join(spread(means(of_seeds, f"{kind} | change, {order}")[:, -1], "+.1f")
-                                for order in ("reversed", "shuffled"))
-            lines.append(f"| {name} | {kind} | {cells} | {change} | {effect} | {loss} |")
+            change = [spread(rates(of_seeds, kind, order)[:, -1], "+.1f")
+                      for order in ("reversed", "shuffled")]
+            lines.append(md(name, kind, *map(spread, means(of_seeds, kind).T), *change, effect,
+                            loss))
     of_seeds = next(iter(records.values()))
     for name in BEYOND:
         if name in of_seeds[0]["rows"]:
             reached, change = means(of_seeds, name), ""
             if name == "best, order-aware":
-                misled = means(of_seeds, MISLED)
+                few = any(math.isnan(record["rows"][name][-1][1]) for record in of_seeds)
+                misled = math.nan if few else means(of_seeds, MISLED)
                 change = spread(100 * (misled / reached - 1)[:, -1], "+.1f")
-            lines.append(f"| {name} | | {' | '.join(map(spread, reached.T))} | {change} | | | |")
+            lines.append(md(name, "", *map(spread, reached.T), change, "", "", ""))
     return lines
 
 
@@ -200,14 +220,13 @@ def worlds_table(records: Records) -> list[str]:
     its end the factual world's entropy and the losses."""
     shown = {name: [r["worlds"] for r in of_seeds] for name, of_seeds in records.items()
              if of_seeds[0]["worlds"]}
-    head = [f"erased at {100 * share:g} %" for share in SHARES]
-    lines = [f"| entropy, nats | {' | '.join(head)} | factual | L_TA | L_CT |",
-             "|---|" + "---|" * (len(head) + 3)] if shown else []
+    lines = head("entropy, nats", *(f"erased at {100 * share:g} %" for share in SHARES), "factual",
+                 "L_TA", "L_CT") if shown else []
     for name, worlds in shown.items():
         cells = [spread(values, ".2f") for values in zip(*(w["erased"] for w in worlds))]
         cells += [spread([w[key][-1] for w in worlds], ".3f")
                   for key in ("factual", "loss_ta", "loss_ct")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(md(name, *cells))
     return lines
 
 
@@ -218,12 +237,11 @@ def lists_of(record: dict) -> list[str]:
 
 def changes(records: Records) -> list[str]:
     """Fig. 4: by how much each metric changes under reversal, in per cent."""
-    lines = [f"| reversed, % | list | {' | '.join(METRICS)} |", "|---|---|" + "---|" * len(METRICS)]
+    lines = head("reversed, %", "list", *METRICS)
     for name, of_seeds in records.items():
         for kind in lists_of(of_seeds[0]):
-            rates = means(of_seeds, f"{kind} | change, reversed").T
-            cells = " | ".join(spread(values, "+.1f") for values in rates)
-            lines.append(f"| {name} | {kind} | {cells} |")
+            lines.append(md(name, kind, *(spread(values, "+.1f")
+                                          for values in rates(of_seeds, kind, "reversed").T)))
     return lines
 
 
@@ -234,18 +252,13 @@ def compared(runs: dict[str, list[Run]]) -> list[str]:
     another seed of tuning would change.
     """
     (first, base), *others = runs.items()
-    lines = [f"| minus {first} | list | {' | '.join(METRICS)} |",
-             "|---|---|" + "---|" * len(METRICS)]
+    lines = head(f"minus {first}", "list", *METRICS)
     for name, of_seeds in others:
         for kind, row in of_seeds[0].kinds.items():
-            pairs = []
-            for one, other in zip(base, of_seeds):
-                rows, other_rows = common_sequences(one, other)
-                pairs.append((one.arrays[f"values/{one.kinds[kind]}/original"][rows],
-                              other.arrays[f"values/{other.kinds[kind]}/original"][other_rows]))
-            gains = paired_bootstrap(*(np.concatenate(values) for values in zip(*pairs)))
-            cells = [f"{d:+.4f} [{low:+.4f}, {high:+.4f}]" for d, low, high in gains.values()]
-            lines.append(f"| {name} | {row} | {' | '.join(cells)} |")
+            pairs = [[run.arrays[f"values/{run.kinds[kind]}/original"] for run in on_common(pair)]
+                     for pair in zip(base, of_seeds)]
+            gains = paired(*(np.concatenate(values) for values in zip(*pairs)))
+            lines.append(md(name, row, *(f"{gain} {interval}" for _, gain, interval in gains)))
     return lines
 
 
@@ -260,15 +273,15 @@ def drawing(target: str, runs: dict[str, list[Run]], records: Records):
         return None
     first = [of_seeds[0] for of_seeds in runs.values()]
     if target == "FIGURE4":
-        ending, rates = f"{first[0].lists[0]} | change, reversed", {}
+        bars = {}
         for name, of_seeds in records.items():
-            values = means(of_seeds, ending)
+            values = rates(of_seeds, first[0].lists[0], "reversed")
             error = values.std(axis=0, ddof=1) if len(values) > 1 else None
-            rates[name] = values.mean(axis=0), error
-        return figures.change_bars(rates)
+            bars[name] = values.mean(axis=0), error
+        return figures.change_bars(bars)
     if target == "FIGURE5":
-        plain, temporal = first
-        return figures.case_study(first, telling_user(temporal, without=plain))
+        plain, temporal = on_common(first)
+        return figures.case_study([plain, temporal], telling_user(temporal, without=plain))
     if target == "LAMBDA":
         return figures.lambda_curve([run for of_seeds in runs.values() for run in of_seeds])
     if target == "READINGS":
@@ -307,7 +320,7 @@ def reproduce(target: str, seeds: list[int], flags: dict, out: Path) -> list[str
     write_whole(out / f"{name}.jsonl", "".join(json.dumps(x) + "\n" for x in kept).encode())
     write_whole(out / f"{name}.md", ("\n".join(lines) + "\n").encode())
     if figure is not None:
-        figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+        write_whole(out / f"{name}.svg", figures.image(figure, name, "svg"))
     return [*lines, "", f"written {out / name}.md, .jsonl{' and .svg' if figure else ''}"]
 
 
@@ -380,7 +393,9 @@ def verify(target: str, count: int, flags: dict, out: Path) -> list[str]:
         gaps = {}
         for row, scores in was["rows"].items():
             (old, error), (new, _) = (np.array(x).T for x in (scores, now["rows"][row]))
-            gaps[row] = float((abs(new - old) / error.clip(min=1e-4)).max())
+            of_few = abs(old) / math.sqrt(FEWEST)           # from fewer hits it would be larger
+            error = np.where(np.isnan(error), of_few, error).clip(min=1e-4)
+            gaps[row] = float(np.nan_to_num(abs(new - old) / error).max())
         worst = max(gaps, key=gaps.get)
         far = max(far, gaps[worst])
         lines.append(f"{was['section']} | {was['row']} | seed {was['seed']} | " + (
@@ -404,46 +419,45 @@ def run_again(folder: Path, flags: dict) -> None:
     if extra := sorted(flags.keys() - {"data_dir", "device", "model", "out"}):
         raise ValueError(f"{folder}: a run is done again with its own data, base and tuning; that "
                          f"does not go with {', '.join(map(as_flag, extra))}")
-    saved = read_object(folder / "run.json")
-    changes = {key: flags[key] for key in flags.keys() & {"data_dir", "device"}}
+    record, was = read(folder / "run.json", read_record, A_RUN), results(folder)
+    here = {key: flags[key] for key in flags.keys() & {"data_dir", "device"}}
+    if record["method"] != "cetrec":
+        raise ValueError(f"{folder}: a run of {record['method']}; only those of cetrec.py are done "
+                         "again")
     try:
-        if saved["method"] != "cetrec":
-            raise ValueError(f"{folder}: a run of {saved['method']}; only those of cetrec.py are "
-                             "done again")
-        options = Options.from_record(saved["options"], **{"shard": False} | changes)
-    except (KeyError, TypeError) as error:
+        options = Options.from_record(record["options"], **{"shard": False} | here)
+    except TypeError as error:
         raise ValueError(f"{folder / 'run.json'}: not the record of a run of this version "
-                         f"({error!r})") from None
-    if "rows" not in saved:
-        raise ValueError(f"{folder}: this run is not complete; python cetrec.py --resume {folder} "
-                         "continues it")
-    options.check_use(changes)
+                         f"({error})") from None
+    options.check_use(here)
     out = Path(flags.get("out", folder.parent))
     source = find_checkpoint(flags["model"]) if "model" in flags else None
-    inputs = open_inputs(options, out, source, same_as=folder)
-    model = TemporalLlama(inputs.llama, options.temporal, options.sinpe_scale)
-    add_factors(model, options)
-    lists = make_recommenders(model, inputs.catalogue, options)
-    again = start(out, options.temporal, inputs)
-    with resumable(again):
-        tune_and_evaluate(inputs, model, lists, again)
+    again = cetrec.tune(open_inputs(options, out, source, same_as=folder), out)
     if not rank():
-        print(differences(folder, again))
+        print(f"{folder} and {again}, which does it again:", *differences(was, results(again)),
+              sep="\n")
 
 
-def differences(folder: Path, again: Path) -> str:
-    """Where losses and metrics of two runs differ most, as two lines."""
-    logs, tables = [], []
-    for run in (folder, again):
-        entries = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
-        logs.append({(entry["step"], key): value for entry in entries
-                     for key, value in entry.items()
-                     if key in ("loss", "loss_ta", "loss_ct", "validation_ta")})
-        tables.append({(row, metric): value[0]
-                       for row, values in read_object(run / "run.json")["rows"].items()
-                       for metric, value in values.items()})
-    lines = [f"{folder} and {again}, which does it again:"]
-    for name, (one, other) in (("losses", logs), ("metrics", tables)):
+def results(folder: Path) -> dict[str, dict[tuple, float]]:
+    """The losses and the metrics of a run, whose places (step, name) and (row, name) tell. Raises
+    FileNotFoundError or ValueError if anything of it is missing."""
+    rows = read(folder / "run.json", read_record, A_RUN).get("rows")
+    if rows is None:
+        raise ValueError(f"{folder}: this run is not complete; python cetrec.py --resume {folder} "
+                         "continues it")
+    log = read(folder / "log.jsonl", read_log, "its losses are compared, so copy it from where the "
+               "run was made")
+    return {"losses": {(line["step"], key): line[key] for line in log
+                       for key in ("loss", "loss_ta", "loss_ct", "validation_ta") if key in line},
+            "metrics": {(row, metric): mean for row, scores in rows.items()
+                        for metric, (mean, _) in scores.items()}}
+
+
+def differences(was: dict, now: dict) -> list[str]:
+    """Where losses and metrics of two runs, as results has them, differ most: a line on each."""
+    lines = []
+    for name, one in was.items():
+        other = now[name]
         gaps = {key: 0.0 if str(one.get(key)) == str(other.get(key)) else    # nan equals nan, too
                 abs(one[key] - other[key]) if key in one.keys() & other.keys() else math.inf
                 for key in one | other}
@@ -451,7 +465,7 @@ def differences(folder: Path, again: Path) -> str:
         lines.append(f"  {len(gaps):,} {name} | " + (
             "all the same, to the last digit" if not gaps[worst] else f"the largest difference is "
             f"{gaps[worst]:.2g}, of {worst[1]} at {worst[0]}"))
-    return "\n".join(lines)
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------

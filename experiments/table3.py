@@ -19,7 +19,10 @@ import cetrec
 from evaluate import METRICS
 from experiments import id_baselines, llm_baselines
 from experiments.cells import Cells
-from support.files import read_object
+from experiments.markup import head, md
+from experiments.reproduce import spread
+from support.counting import known
+from support.files import read_object, write_whole
 from support.options import Options, Where, add_flags, as_flag, defaults, parse
 from support.terminal import Parser, exit_status
 
@@ -73,32 +76,28 @@ def lines_of(name: str, records: list[dict], rate: float) -> list[str]:
     lines = []
     minutes = np.mean([record["tuning"]["seconds"] for record in records]) / 60
     for change in (row for row in records[0]["rows"] if " | change, reversed" in row):
-        row, cells = change.partition(" | ")[0], []
-        for metric in METRICS:
-            values = [record["rows"][row][metric][0] for record in records]
-            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.4f}{spread}")
+        row = change.partition(" | ")[0]
+        cells = [spread([record["rows"][row][metric][0] for record in records])
+                 for metric in METRICS]
         reversed_by = np.mean([record["rows"][change]["NDCG@10"][0] for record in records])
         paper = PAPER.get(name, ("", "")) if row != "10 beams on titles" else ("", "")
-        lines.append(f"| {name} | {row} | {' | '.join(cells)} | {reversed_by:+.0f} % | "
-                     f"{rate:.2g} | {minutes:.1f} | {' | '.join(paper)} |")
+        lines.append(md(name, row, *cells, f"{known(reversed_by, '+.0f')} %", f"{rate:.2g}",
+                        f"{minutes:.1f}", *paper))
     return lines
 
 
 def table(systems: list[str], seeds: list[int], flags: dict, out: Path) -> list[str]:
     """Run what is not there, and give the table as lines of Markdown."""
     cells = Cells(out, len(systems) * (3 + len(seeds)))
-    lines, records = [
-        f"| system | list | {' | '.join(METRICS)} | NDCG@10 reversed | rate | minutes | "
-        "paper's HR@5, MovieLens | paper's HR@5, Steam |",
-        "|---|---|" + "---|" * (len(METRICS) + 5)], []
+    lines = head("system", "list", *METRICS, "NDCG@10 reversed", "rate", "minutes",
+                 "paper's HR@5, MovieLens", "paper's HR@5, Steam")
     for name in systems:
         rate = best_rate(cells, name, seeds[0], flags)
         records = [record(cells, name, seed, rate, flags) for seed in seeds]
         lines += lines_of(name, records, rate)
     for baseline in COUNTING:
         means = [np.mean([record["rows"][baseline][m][0] for record in records]) for m in METRICS]
-        lines.append(f"| {baseline} | | " + " | ".join(f"{x:.4f}" for x in means) + " | | | | | |")
+        lines.append(md(baseline, "", *(f"{x:.4f}" for x in means), *[""] * 5))
     return [records[0]["protocol"] + f"; seeds {', '.join(map(str, seeds))}", "", *lines]
 
 
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         systems, seeds = flags.pop("systems"), flags.pop("seeds")
         out = Path(flags.pop("out", "runs")) / "table3"
         text = "\n".join(table(systems, seeds, flags, out)) + "\n"
-        (out / "table3.md").write_text(text, encoding="utf-8")
+        write_whole(out / "table3.md", text.encode())
         print(f"{text}written {out / 'table3.md'}")
     return exit_status(work)
 

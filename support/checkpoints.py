@@ -6,14 +6,18 @@ absurd folders are found here, before anything is loaded.
 
 import hashlib
 import json
+import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, fields
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from data import Sequences, Tokenizer, encode_sequences
 from llama import Llama, LlamaConfig, find_tensors, read_tensor
@@ -21,6 +25,7 @@ from support.files import read_object
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+WEB_PAGE = "something else came, perhaps the page of a network that wants a log-in first"
 WEIGHT_FILES = ["model.safetensors.index.json", "model.safetensors", "model-*.safetensors"]
 
 
@@ -33,12 +38,40 @@ def find_checkpoint(name: str) -> Path:
     """
     if Path(name).exists() or not HUB_NAME.fullmatch(name):
         return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (GatedRepoError, LocalEntryNotFoundError,
-                                        RepositoryNotFoundError)
+    from huggingface_hub import constants, hf_hub_download, model_info, try_to_load_from_cache
+    revision, seconds = "main", constants.HF_HUB_ETAG_TIMEOUT
+    try:        # a request without a time limit would wait for ever
+        info = ask(model_info, name, "the list of its files", revision=revision, timeout=seconds)
+    except ValueError:
+        cached = try_to_load_from_cache(name, "config.json")
+        if not isinstance(cached, str):
+            raise
+        folder = Path(cached).parent
+        print(f"{name}: the Hub does not list its files; taking those in the Hub's cache, {folder}")
+        check_config(folder)
+        return folder
+    names = [file.rfilename for file in info.siblings]
+    require("config.json" in names, f"{name}: has no config.json, so it is not a checkpoint folder")
+    wanted = [f for pattern in SMALL_FILES + WEIGHT_FILES for f in names if fnmatch(f, pattern)]
+    for file in tqdm(wanted, desc=name, unit="file", leave=False):
+        path = Path(ask(hf_hub_download, name, file, filename=file, revision=revision))
+        with open(path, "rb") as fetched:
+            page = fetched.read(1_000).lstrip()[:5].lower() in (b"<!doc", b"<html")
+        if page:
+            path.unlink()           # or it would be taken for the file the next time
+            raise ValueError(f"{name}: {constants.ENDPOINT} was asked for {file}: {WEB_PAGE}")
+        if file == "config.json":
+            check_config(path.parent)
+        revision = path.parent.name                     # the commit: all files are of the same one
+    return path.parent
+
+
+def ask(request: Callable, name: str, what: str, **settings):
+    """What the Hub answers about a repository. Raises ValueError for whatever goes wrong."""
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     try:
-        check_config(snapshot_download(name, allow_patterns=SMALL_FILES))
-        return Path(snapshot_download(name, allow_patterns=SMALL_FILES + WEIGHT_FILES))
+        return request(name, **settings)
     except GatedRepoError:
         raise ValueError(
             f"{name}: a gated repository. Accept its terms at https://huggingface.co/{name}, then "
@@ -47,11 +80,15 @@ def find_checkpoint(name: str) -> Path:
         raise ValueError(
             f"{name}: neither a folder here nor a repository on the Hub. Check the spelling; for a "
             "private one log in with `hf auth login` or set HF_TOKEN") from None
-    except LocalEntryNotFoundError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+    except Exception as error:      # the library's, or of the HTTP library below it, or the system's
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or repr(cause)).splitlines()[0]
+        if isinstance(cause, json.JSONDecodeError):
+            reason = WEB_PAGE
         raise ValueError(
             f"{name}: no folder here, not complete in the Hub's cache, and the Hub cannot be "
-            f"reached ({reason}). Connect, unset HF_HUB_OFFLINE, or pass a folder") from None
+            f"reached ({ENDPOINT} was asked for {what}: {reason}). Connect, log in, unset "
+            "HF_HUB_OFFLINE, or pass a folder. Files that are whole are kept") from None
 
 
 def read_tokenizer(folder: str | Path) -> Tokenizer:
@@ -71,7 +108,7 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
         # The library ends the whole process over some of these.
         raise ValueError(f"{path}: words with a prefix or suffix, which no Llama has")
     try:
-        bpe = tokenizers.Tokenizer.from_file(str(path))
+        bpe = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         bpe.encode("a").ids, bpe.decode([0])        # some faults show only in use
     except Exception as error:      # the library raises nothing more specific
         raise ValueError(f"{path}: not a tokenizer file ({error})") from None
@@ -82,6 +119,10 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
             from None
     bpe.no_truncation()             # the file may hold the settings of somebody's last call
     bpe.no_padding()
+    whole, text = (bpe.encode("a", add_special_tokens=special) for special in (True, False))
+    require(bool(text.ids) and whole.ids[-len(text.ids):] == text.ids,
+            f"{path}: it turns 'a' into {whole.tokens}. Its post_processor may add BOS before a "
+            "text, but nothing after it, where the answer goes; EOS is added to the answers here")
     names, generation, config = (
         read_object(file) if (file := path.parent / name).is_file() else {}
         for name in ("tokenizer_config.json", "generation_config.json", "config.json"))
@@ -98,13 +139,15 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
     if not ids["eos"]:
         raise ValueError(f"{path.parent}: no EOS token in tokenizer_config.json, "
                          "generation_config.json or config.json; answers could never end")
-    largest = max(*bpe.get_vocab(with_added_tokens=True).values(), *ids["eos"], *ids["bos"])
-    rows = config.get("vocab_size")
-    if type(rows) is int and largest >= rows:
-        raise ValueError(f"{path}: holds token id {largest}, but the embedding has {rows} rows "
-                         "(vocab_size in config.json). Is it the tokenizer of another model?")
-    return Tokenizer(bpe, tuple(dict.fromkeys(ids["eos"])), next(iter(ids["bos"]), None),
-                     (ids["pad"] + ids["eos"])[0])
+    largest = max(*bpe.get_vocab(with_added_tokens=True).values(), *ids["eos"], *ids["bos"],
+                  *whole.ids)
+    rows = config.get("vocab_size") if type(config.get("vocab_size")) is int else math.inf
+    if largest >= rows:
+        where = " before every text (post_processor)" if largest in whole.ids else ""
+        raise ValueError(f"{path}: holds token id {largest}{where}, but the embedding has {rows} "
+                         "rows (vocab_size in config.json). Is it the tokenizer of another model?")
+    pad_id = next(i for i in ids["pad"] + ids["eos"] if i < rows)       # some are out of range
+    return Tokenizer(bpe, tuple(dict.fromkeys(ids["eos"])), next(iter(ids["bos"]), None), pad_id)
 
 
 def require(condition: bool, fault: str) -> None:

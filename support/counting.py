@@ -4,6 +4,8 @@ They stand in the result table of every run and of every baseline, which is made
 that is worse has learned nothing.
 """
 
+import math
+
 import numpy as np
 
 from data import Sequences
@@ -11,6 +13,8 @@ from evaluate import (LENGTH, METRICS, Recommender, Scores, evaluate_order, list
                       summarise)
 from support.processes import shared_out
 from support.synthetic import SyntheticWorld, oracle_rows
+
+AT_A_TIME = 2**22       # scores of each baseline that are in memory together, 32 MiB
 
 
 class CountingBaselines:
@@ -59,26 +63,30 @@ class CountingBaselines:
 
     def lists(self, histories, exclude_history: bool = True) -> dict[str, np.ndarray]:
         """Ten items by each baseline for each history, ties by item id.  name -> (n, 10)"""
-        parts = []
-        for start in range(0, len(histories), 1_000):           # which bounds the memory
-            scores = self.scores(histories[start:start + 1_000], exclude_history)
-            parts.append({name: np.argsort(-s, axis=1, kind="stable")[:, :LENGTH]
+        parts, rows = [], max(1, AT_A_TIME // len(self.popularity))
+        for start in range(0, len(histories), rows):
+            scores = self.scores(histories[start:start + rows], exclude_history)
+            # Copied, because a slice would keep the whole order of all items.
+            parts.append({name: np.argsort(-s, axis=1, kind="stable")[:, :LENGTH].copy()
                           for name, s in scores.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def result_table(recommenders: dict[str, Recommender], train_set: Sequences, test_set: Sequences,
-                 synthetic: SyntheticWorld | None, exclude_history: bool) -> tuple[dict, dict]:
+def result_table(recommenders: dict[str, Recommender],
+                 splits: tuple[Sequences, Sequences, Sequences], synthetic: SyntheticWorld | None,
+                 exclude_history: bool) -> tuple[dict, dict]:
     """The result table of a run, with a line on its protocol; and arrays by test sequence.
 
-    Counting baselines are added. Where the data are synthetic, the true distribution of the next
-    item is known: all lists are then valued by it, and the best possible ones are added.
+    "best" names the list with the highest NDCG@10 on the validation sequences. Counting baselines
+    are added. Where the data are synthetic, the true distribution of the next item is known: all
+    lists are then valued by it, and the best possible ones are added.
     """
+    train_set, valid_set, test_set = splits
+    recommenders = {name: shared_out(recommend) for name, recommend in recommenders.items()}
     histories = [test_set.history(i) for i in range(len(test_set))]
     true_p = None if synthetic is None else synthetic.true_distribution(
         histories, [test_set.days(i) for i in range(len(test_set))])
-    rows, arrays = evaluate_order({name: shared_out(recommend)
-                                   for name, recommend in recommenders.items()}, test_set, true_p)
+    rows, arrays = evaluate_order(recommenders, test_set, true_p)
     counting = CountingBaselines(train_set, len(test_set.titles))
     rows |= {name: summarise(list_values(items, arrays["target"], true_p))
              for name, items in counting.lists(histories, exclude_history).items()}
@@ -88,8 +96,21 @@ def result_table(recommenders: dict[str, Recommender], train_set: Sequences, tes
         valued = ", scored by the true distribution"
     protocol = (f"{len(test_set):,} test sequences, {len(test_set.titles):,} candidates, history "
                 f"{'excluded' if exclude_history else 'kept'}{valued}")
-    return ({"protocol": protocol, "rows": rows},
+    return ({"protocol": protocol, "rows": rows, "best": best_list(recommenders, valid_set)},
             arrays | {"popularity": counting.popularity, "seen": items_seen(train_set)})
+
+
+def best_list(recommenders: dict[str, Recommender], valid_set: Sequences) -> str:
+    """The recommender whose lists have the highest mean NDCG@10; of equal ones the first."""
+    if len(recommenders) == 1:
+        return next(iter(recommenders))
+    numbers = range(len(valid_set))
+    histories = [valid_set.history(i) for i in numbers]
+    ages = [valid_set.ages(i) for i in numbers] if valid_set.index == "time" else None
+    targets = valid_set.items[valid_set.targets]
+    values = {name: list_values(recommend(histories, ages, f"{name}, validation").items, targets)
+              for name, recommend in recommenders.items()}
+    return max(values, key=lambda name: values[name][:, list(METRICS).index("NDCG@10")].mean())
 
 
 def items_seen(sequences: Sequences) -> np.ndarray:
@@ -100,13 +121,33 @@ def items_seen(sequences: Sequences) -> np.ndarray:
     return seen
 
 
-def format_table(rows: dict[str, Scores]) -> str:
+def known(number: float, form: str) -> str:
+    """A number in a format; – for one that too few hits tell (evaluate.FEWEST)."""
+    return "–" if math.isnan(number) else format(number, form)
+
+
+def score_rows(rows: dict[str, Scores]) -> list[list[str]]:
     """Name, then every metric as mean ± standard error. A name `a | b` is shown below a, as b."""
-    names = {row: "  " + row.partition(" | ")[2] if " | " in row else row for row in rows}
-    width = max(map(len, names.values()))
-    lines = [" " * width + "".join(f"{metric:>17}" for metric in METRICS)]
-    for row, values in rows.items():
-        form = "{:+.1f} ± {:.1f} %" if "change" in row.partition(" | ")[2] else "{:.4f} ± {:.4f}"
-        cells = [form.format(*values[metric]) for metric in METRICS]
-        lines.append(f"{names[row]:<{width}}" + "".join(f"{cell:>17}" for cell in cells))
-    return "\n".join(lines)
+    lines = []
+    for row, scores in rows.items():
+        above, _, name = row.rpartition(" | ")
+        form, width, unit = ("+.1f", 3, " %") if name.startswith("change, ") else (".4f", 6, "")
+        cells = ["–" if math.isnan(mean) else
+                 f"{mean:{form}} ± {known(error, form[-3:]):>{width}}{unit}"
+                 for mean, error in (scores[metric] for metric in METRICS)]
+        lines.append([f"  {name}" if above in rows else row, *cells])
+    return lines
+
+
+def format_table(rows: dict[str, Scores]) -> str:
+    """The scores of some rows as text."""
+    return columns(["", *METRICS], score_rows(rows))
+
+
+def columns(head: list[str], rows: list[list[str]]) -> str:
+    """A table as text: the first column stands to the left, all others to the right."""
+    lines = [[str(cell) for cell in line] for line in (head, *rows)]
+    first, *others = (max(map(len, column)) for column in zip(*lines))
+    return "\n".join((f"{name:<{first}}" + "".join(
+        f"{cell:>{width + 2}}" for cell, width in zip(cells, others))).rstrip()
+        for name, *cells in lines)

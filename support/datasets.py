@@ -5,15 +5,21 @@ own. The result is the `Interactions` from which data.py makes sequences and pro
 and playing times are left aside, because the paper uses only who took which item at what time.
 
 The file goes from the line to the data set: how a line is split, which data sets there are, how
-their files are fetched, and how they are read. `prepare` stands at the end. It drops and draws
-rows as the paper does, and counts each of its steps.
+their files are fetched, what ids and times mean, and how files are read. `prepare` stands at the
+end. It drops and draws rows as the paper does. Whatever is dropped or changed is counted.
 """
 
 import ast
+import codecs
 import csv
 import gzip
 import hashlib
+import io
+import math
+import os
 import re
+import shutil
+import tempfile
 import zipfile
 import zlib
 from array import array
@@ -21,31 +27,37 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import lru_cache, partial
 from http.client import HTTPException
 from operator import itemgetter, methodcaller
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
-import torch.hub
 from tqdm import tqdm
 
 from data import Interactions
 from support.files import write_whole
 
-LATEST = 4_102_444_800          # 2100-01-01; a later timestamp is in other units than seconds
 LONGEST_LINE = 2**24            # bytes; no format has a line nearly as long
-PLACES = 10**7                  # timestamps up to here, April 1970, only say what came first
+SILENCE = 60                    # seconds that a server may say nothing while a file is fetched
+csv.field_size_limit(LONGEST_LINE)      # reviews are longer than the 128 kB that csv expects
 
 
 # ----------------------------------------------------------------------------------------------
-# The fields of a line
+# The fields of a line. Each of these makes an iterator over rows from one over lines
 
-by_tabs, by_bars, by_colons = (methodcaller("split", mark) for mark in ("\t", "|", "::"))
+by_commas = partial(csv.reader, strict=True, skipinitialspace=True)
+by_tabs, by_bars = (partial(csv.reader, delimiter=mark, quoting=csv.QUOTE_NONE) for mark in "\t|")
+by_colons = partial(map, methodcaller("split", "::"))
+MARKS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
 
 
-def csv_fields(text: str) -> list[str]:
-    """The fields of a line of CSV. It is read alone, so that a stray quote spoils only one line."""
-    return next(csv.reader([text], strict=True)) if '"' in text else text.split(",")
+def separated(fields: list[str]) -> str:
+    """What to say of a line that was not split, if it looks as if another mark splits it."""
+    found = [name for mark, name in MARKS.items() if len(fields) == 1 and mark in fields[0]]
+    return (f" (it seems to be separated by {found[0]}; wanted commas in CSV, tabs in RecBole's "
+            "files)" if found else "")
 
 
 def literal(text: str) -> dict:
@@ -62,7 +74,7 @@ def literal(text: str) -> dict:
 def steam_review(text: str) -> list[str]:
     """Who reviewed which game when. McAuley's files have a Python literal, not JSON, a line."""
     review = literal(text)
-    return [review["username"], review["product_id"], review["date"]]
+    return [review.get(key) or "" for key in ("username", "product_id", "date")]
 
 
 def steam_game(text: str) -> list[str]:
@@ -86,28 +98,24 @@ class Download:
 
 @dataclass(frozen=True)
 class Table:
-    """A text file with one row a line."""
+    """A text file with one row a line, or in CSV a few lines where a quoted field breaks."""
 
     name: str
-    split: Callable[[str], list[str]] = csv_fields
+    split: Callable[[Iterator[str]], Iterator[list[str]]] = by_commas
     header: tuple[str, ...] = ()        # the columns' names, unless the file's first line has them
-    encoding: str = "utf-8"
+    encoding: str = "utf-8"             # a mark at the beginning is no part of a column's name
 
 
 @dataclass(frozen=True)
 class Format:
-    """A data set: two files in the folder data_dir/folder, each of them plain or gzipped.
-
-    In a strict data set every id is a whole number, and an item that is not listed, or listed
-    without a title, is an error. In the others such items are dropped and counted.
-    """
+    """A data set: two files in the folder data_dir/folder, each of them plain or gzipped."""
 
     folder: str
     tables: tuple[Table, Table]             # the interactions and the items
-    downloads: tuple[Download, ...] = ()
+    downloads: tuple[Download, ...] = ()    # none: a folder of the user's own
     domain: str = "items"                   # a key of data.DOMAINS
     most_bytes: int = 50_000_000_000        # a file that unpacks to more is not of this format
-    strict: bool = False
+    numbered: bool = False                  # is each id a whole number, which a user keeps?
     time: tuple[str, ...] = ("time",)       # the column, or columns, that say when
 
 
@@ -119,20 +127,23 @@ FORMATS = {
                   Table("movies.dat", by_colons, ("item", "title", "genres"), "latin-1")),
         (Download(GROUPLENS + "movielens/ml-1m.zip", "5.9 MB",
                   "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"),),
-        "movies", 100_000_000, strict=True),
+        "movies", 100_000_000, numbered=True),
     "ml-100k": Format(
         "ml-100k", (Table("u.data", by_tabs, RATING, "latin-1"),
                     Table("u.item", by_bars, ("item", "title", *[""] * 22), "latin-1")),
         (Download(GROUPLENS + "movielens/ml-100k.zip", "4.9 MB",
                   "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229"),),
-        "movies", 10_000_000, strict=True),
-    "ml-latest-small": Format(
-        "ml-latest-small", (Table("ratings.csv"), Table("movies.csv")),
-        (Download(GROUPLENS + "movielens/ml-latest-small.zip", "1 MB"),),
-        "movies", 20_000_000, strict=True),
+        "movies", 10_000_000, numbered=True),
+    **{name: Format(
+        name, (Table("ratings.csv"), Table("movies.csv")),
+        (Download(f"{GROUPLENS}movielens/{name}.zip", size),),
+        "movies", 5_000_000_000, numbered=True)
+       for name, size in (("ml-latest-small", "1 MB"), ("ml-20m", "190 MB"), ("ml-25m", "250 MB"),
+                          ("ml-32m", "239 MB"))},
     "steam": Format(
-        "steam-mcauley", (Table("steam_reviews.json", steam_review, ("user", "item", "time")),
-                          Table("steam_games.json", steam_game, ("item", "title"))),
+        "steam-mcauley", (Table("steam_reviews.json", partial(map, steam_review),
+                                ("user", "item", "time")),
+                          Table("steam_games.json", partial(map, steam_game), ("item", "title"))),
         (Download(STEAM + "steam_reviews.json.gz", "1.3 GB"),
          Download(STEAM + "steam_games.json.gz", "2.7 MB")), "games"),
     "lastfm": Format(
@@ -159,24 +170,60 @@ def present(folder: Path, file: str) -> Path | None:
 def own_format(folder: Path) -> Format:
     """The format of a folder of the user's own.
 
-    It holds interactions.csv and items.csv, or RecBole's NAME.inter and NAME.item. The columns may
-    stand in any order, and others may stand between them. Raises FileNotFoundError if the folder
-    holds neither pair whole, or more than one.
+    It holds interactions.csv and items.csv, or ratings.csv and movies.csv as MovieLens has them, or
+    RecBole's NAME.inter and NAME.item. The columns may stand in any order, and others may stand
+    between them. Raises FileNotFoundError if the folder holds no such pair, or more than one.
     """
-    pairs = [Table("interactions.csv"), Table("items.csv")], *(
-        [Table(path.name, by_tabs), Table(path.with_suffix(".item").name, by_tabs)]
-        for path in folder.glob("*.inter"))
+    pairs = [(Table("interactions.csv"), Table("items.csv")),
+             (Table("ratings.csv"), Table("movies.csv")), *(
+        (Table(name, by_tabs), Table(name.removesuffix("inter") + "item", by_tabs))
+        for name in sorted({path.name.removesuffix(".gz") for path in folder.iterdir()})
+        if name.endswith(".inter"))]
     whole = [pair for pair in pairs if all(present(folder, table.name) for table in pair)]
     if len(whole) != 1:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
         raise FileNotFoundError(
             f"{folder}: wanted interactions.csv (user,item,timestamp) and items.csv (item,title), "
-            f"or one RecBole NAME.inter and NAME.item; found {found}")
-    return Format(str(folder), tuple(whole[0]))
+            "or one of MovieLens' pairs ratings.csv and movies.csv, or of RecBole's pairs "
+            f"NAME.inter and NAME.item; found {found}")
+    return Format(str(folder), whole[0], domain="movies" if whole[0] == pairs[1] else "items")
 
 
 # ----------------------------------------------------------------------------------------------
 # Fetching: a file is there whole, or it is not there
+
+
+def check_file(path: Path, source: Download, shown: Path) -> None:
+    """Raise ValueError if a fetched file is a web page, or not the one that was published."""
+    with open(path, "rb") as file:
+        start = file.read(1_000).lstrip()[:60].decode(errors="replace")
+        file.seek(0)
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if start.startswith("<") or source.sha256 not in (None, found):
+        what = f"is a web page, {start!r}" if start.startswith("<") else f"has the sha256 {found}"
+        raise ValueError(f"{shown}: {what}; it is not what {source.address} published (sha256 "
+                         f"{source.sha256 or 'not given'}). Remove it and run again")
+
+
+def fetch(source: Download, path: Path) -> None:
+    """Fetch a file, which gets its name when it is whole and checked.
+
+    Raises OSError, HTTPException or ValueError for a server that is silent, breaks off, or sends
+    something else.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    request = Request(source.address, headers={"User-Agent": "cetrec"})
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        with urlopen(request, timeout=SILENCE) as answer, open(part, "wb") as file:
+            size = answer.length        # None where the server does not say
+            with tqdm.wrapattr(file, "write", size, desc=path.name, leave=False,
+                               disable=None) as watched:
+                shutil.copyfileobj(answer, watched)
+            if size not in (None, file.tell()):
+                raise ConnectionError(f"{file.tell():,} of {size:,} bytes arrived")
+        check_file(part, source, path)
+        os.replace(part, path)
 
 
 def unpack(archive: Path, folder: Path, files: list[str], most_bytes: int) -> None:
@@ -220,22 +267,16 @@ def find_files(name: str, data_dir: Path) -> tuple[Path, Path]:
         if all(present(folder, file) for file in needed):
             continue
         if not path.is_file():
-            # It is written under another name until it is whole. A wrong sha256: RuntimeError.
             print(f"fetching {source.address} ({source.size}) to {path}")
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                torch.hub.download_url_to_file(source.address, str(path), source.sha256)
-            except (OSError, HTTPException, RuntimeError) as error:
+                fetch(source, path)
+            except (OSError, HTTPException, ValueError) as error:
                 raise FileNotFoundError(
                     f"{folder / needed[0]}: not found (nor {needed[0]}.gz), and fetching "
                     f"{source.address} failed ({str(error).strip()}). Save it ({source.size}) as "
                     f"{path}, or pass --data-dir; --data synthetic needs nothing") from None
-        elif source.sha256:
-            with open(path, "rb") as archive:
-                found = hashlib.file_digest(archive, "sha256").hexdigest()
-            if found != source.sha256:
-                raise ValueError(f"{path}: its sha256 is {found}, the published one is "
-                                 f"{source.sha256}. Remove the file and run again")
+        else:
+            check_file(path, source, path)
         if packed:
             unpack(path, folder, needed, form.most_bytes)
     return tuple(present(folder, file) for file in files)
@@ -246,16 +287,21 @@ def find_files(name: str, data_dir: Path) -> tuple[Path, Path]:
 
 # The names are compared without capitals, blanks and underscores; see plain_name. A name belongs
 # here if people use it and it can mean nothing else: "id" may be a row's own number.
-THINGS = ("item", "movie", "product", "artist", "game", "app", "book", "track", "song", "video")
+THINGS = ("item", "movie", "product", "artist", "game", "app", "book", "track", "song", "video",
+          "business", "recipe", "news", "article", "anime", "course", "podcast")
 COLUMNS = {
-    "user": ("user", "userid", "uid", "reviewerid"),
-    "item": (*THINGS, *(f"{thing}id" for thing in THINGS), "iid", "asin", "isbn"),
-    "time": ("time", "timestamp", "unixtime", "unixreviewtime", "date", "datetime", "ratedat",
-             "createdat"),
+    "user": ("user", "userid", "uid", "reviewerid", "visitorid", "customerid", "memberid"),
+    "item": (*THINGS, *(f"{thing}id" for thing in THINGS), "iid", "parentasin", "asin", "isbn"),
+    "time": ("time", "timestamp", "unixtime", "unixtimestamp", "unixreviewtime", "date", "datetime",
+             "eventtime", "eventtimestamp", "ratedat", "createdat", "ts"),
     "title": ("title", "name", *(thing + word for thing in THINGS for word in ("title", "name"))),
     "year": ("year",), "month": ("month",), "day": ("day",),
 }
 COLUMNS["id"] = (*COLUMNS["item"], "id")        # in the item file it can only be the item's
+
+# Where a file has both, the first one counts. Amazon sells variants (asin) of a product
+# (parent_asin), and lists products only; RecBole's Steam has a game's name twice.
+PREFERRED = {"parentasin": "asin", "title": "appname"}
 
 
 def plain_name(name: str) -> str:
@@ -272,44 +318,115 @@ def find_columns(names: list[str], roles: tuple[str, ...]) -> Callable:
     Raises ValueError, which names the accepted ones, if no column or more than one fits a role. A
     guess between two columns could go wrong without anybody noticing.
     """
-    columns = []
+    plain, columns = [plain_name(name) for name in names], []
+    passed_over = {PREFERRED[name] for name in plain if name in PREFERRED}
     for role in roles:
-        found = [column for column, name in enumerate(names) if plain_name(name) in COLUMNS[role]]
-        if len(found) != 1:
+        found = [column for column, name in enumerate(plain)
+                 if name in COLUMNS[role] and name not in passed_over]
+        if len(found) > 1:
             raise ValueError(
-                f"the header has {'more than one' if found else 'no'} column for the {role}; its "
-                f"columns are {', '.join(names)[:400]}. Call one of them "
-                f"{' or '.join(COLUMNS[role])}; capitals, blanks and underscores do not matter")
+                f"the header has more than one column for the {role}: "
+                f"{', '.join(names[column] for column in found)[:400]}. Give another name to all "
+                "of them but the one that counts" + (
+                    ", which holds the same ids in both files" if role in ("item", "id") else ""))
+        if not found:
+            raise ValueError(
+                f"the header has no column for the {role}; its columns are "
+                f"{', '.join(names)[:400]}{separated(names)}. Wanted in the first line is a name "
+                f"such as {', '.join(COLUMNS[role][:4])} (docs/data.md has all); capitals, blanks "
+                "and underscores do not matter")
         columns += found
     return itemgetter(*columns)
 
 
-def seconds(text: str) -> int:
-    """Seconds since 1970 of an integer, a float or an ISO date (UTC unless it says otherwise)."""
+# ----------------------------------------------------------------------------------------------
+# Ids and times
+
+# What pandas and R write for a value that is missing. In published files it is a name like others.
+MISSING = {"", "nan", "NaN", "None", "null", "NULL", "<NA>", "NA", "N/A", "n/a", "NaT"}
+
+# Unix times count seconds, milliseconds, microseconds or nanoseconds. The median of a column says
+# which, if it is between 1995 and May 2033. Small numbers, which may be places, years, or times
+# that were scaled, only say what came first.
+UNITS = 1, 10**3, 10**6, 10**9
+WANTED = "Unix time, or dates as 2020-09-13 or 2020-09-13T12:26:40+00:00"
+FIRST, LAST, PLACES = 788_918_400, 2_000_000_000, 10_000_000
+
+
+def plain_text(text: str) -> str:
+    """A text in one line without blanks around it. Raises ValueError for bytes that are no text."""
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{text[:40]!r} is not encoded as UTF-8; save the file as UTF-8")
+    return " ".join(text.splitlines()).strip()
+
+
+class Ids(dict):
+    """The number of each id, in the order in which ids appear, or -1 for one that is missing.
+
+    In people's own files "12", " 12" and "12.0" are one id, because pandas writes whole numbers as
+    fractions where others of the column are missing.
+    """
+
+    def __init__(self, form: Format):
+        super().__init__()
+        self.own, self.numbered = not form.downloads, form.numbered
+        self.missing = MISSING if self.own else {""}
+        self.names: list[str] = []          # the id of each number
+
+    def __missing__(self, text: str) -> int:
+        name = re.sub(r"^(\d+)\.0*$", r"\1", plain_text(text)) if self.own else text
+        if name != text:
+            number = self[name]
+        elif name in self.missing:
+            number = -1
+        elif self.numbered and not (name.isdecimal() and len(name) < 19):
+            raise ValueError(f"id {name[:40]!r}; wanted a whole number")
+        else:
+            number = len(self.names)
+            self.names.append(name)
+        self[text] = number
+        return number
+
+
+@lru_cache(100_000)
+def nanoseconds(text: str) -> int:
+    """Nanoseconds since 1970 of an ISO date, which is in UTC if it names no time zone."""
+    text, digits = re.sub(r" ?(UTC|GMT)$", "+00:00", text), "0"
+    if fraction := re.search(r"(\d\d:?\d\d:?\d\d)[.,](\d{1,9})", text):     # datetime keeps six
+        text, digits = text.replace(fraction[0], fraction[1]), fraction[2]
+    found = datetime.fromisoformat(text)
+    found = found if found.tzinfo else found.replace(tzinfo=UTC)
+    return int(found.timestamp()) * 10**9 + int(digits.ljust(9, "0"))
+
+
+def moment(text: str) -> float:
+    """What a time says: a number as it is, of a date the nanoseconds since 1970."""
+    text = text.strip()
     try:
-        value = int(text) if text.isdigit() else float(text)
+        value = int(text) if text.lstrip("-").isdecimal() else float(text)
     except ValueError:
         try:
-            date = datetime.fromisoformat(text)
+            value = nanoseconds(text)
         except ValueError:
-            raise ValueError(f"timestamp {text[:40]!r}; wanted seconds since 1970 or an ISO date") \
-                from None
-        value = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
-    if not 0 <= value < LATEST:
-        hint = ", milliseconds?" if LATEST <= value < 1000 * LATEST else ""
-        raise ValueError(f"timestamp {text[:40]!r} is not between 1970 and 2100 (seconds{hint})")
-    return int(value)
+            value = math.nan
+    if not abs(value) < 2**62:
+        raise ValueError(f"timestamp {text[:40]!r}; wanted {WANTED}")
+    return value
 
 
 # ----------------------------------------------------------------------------------------------
 # Reading: a fault stops with its file and line, or it is counted
 
+WITHOUT, UNTITLED = (f"interactions {what}" for what in (
+    "without a user or an item", "with items that have no title"))
+FAULTS = ValueError, TypeError, AttributeError, csv.Error       # of a line
+
 
 class Reader:
     """Collects the items and the interactions of one data set, and keeps account of what it drops.
 
-    The items must be read first, because an interaction refers to an item by its id. Numbers are
-    kept in one array of 64-bit integers: a list of Python's would take several times the memory.
+    The items must be read first: ids that come later have no title. Numbers are kept in arrays of
+    64 bits each: lists of Python's would take several times the memory.
     """
 
     def __init__(self, form: Format, skip_bad_lines: bool = False):
@@ -317,108 +434,172 @@ class Reader:
         self.checksums: dict[str, str] = {}
         self.dropped: Counter[str] = Counter()          # the reason -> how many
         self.titles: list[str] = []
-        self.index: dict[int | str, int] = {}           # an item's own id -> its place in titles
-        self.people: dict[str, int] = {}                # a user's name -> the user's number
-        self.rows = array("q")                          # user, item, time; user, item, time; ...
+        self.item_ids, self.user_ids, self.other_users = Ids(form), Ids(form), Ids(form)
+        self.users, self.items, self.times = array("q"), array("q"), array("q")
+        self.line = 0                                   # the number of the one that was read last
+        self.earliest, self.latest = (math.inf, 0), (-math.inf, 0)      # times with their lines
 
-    def lines(self, path: Path) -> Iterator[bytes]:
+    def lines(self, path: Path, encoding: str) -> Iterator[str]:
         """The lines of a file, as a stream, because Steam's reviews are larger than most memories.
 
-        Raises ValueError for a damaged gzip file and for one of absurd size. A few kilobytes of
-        gzip can unpack to terabytes, so both bounds are checked while the file is read.
+        Bytes that are no text become halves of surrogate pairs. Raises OSError for a damaged gzip
+        file and for one of absurd size. A few kilobytes of gzip can unpack to terabytes, so both
+        bounds are checked while the file is read.
         """
-        digest, rest, size, packed = hashlib.sha256(), b"", 0, path.stat().st_size
+        digest, rest, size, packed = hashlib.sha256(), "", 0, path.stat().st_size
+        decoder = io.IncrementalNewlineDecoder(
+            codecs.getincrementaldecoder(encoding)("surrogateescape"), translate=True)
         try:
             with open(path, "rb") as plain, tqdm.wrapattr(
                     plain, "read", packed, desc=path.name, leave=False,
                     disable=True if packed < 50_000_000 else None) as raw:
                 file = gzip.open(raw) if path.suffix == ".gz" else raw
                 while chunk := file.read(1 << 22):
+                    if b"\0" in chunk[:1_000]:          # UTF-16, or no text at all
+                        raise OSError(f"{path}: not a text in UTF-8; save it as one")
                     digest.update(chunk)
                     size += len(chunk)
-                    *whole, rest = (rest + chunk).split(b"\n")     # rest: a line cut in two
+                    *whole, rest = (rest + decoder.decode(chunk)).split("\n")   # a line cut in two
                     if len(rest) > LONGEST_LINE or size > self.form.most_bytes:
-                        raise ValueError(
+                        raise OSError(
                             f"{path}: more than {LONGEST_LINE:,} bytes in a line or "
                             f"{self.form.most_bytes:,} in all; this is not a file of this format")
-                    yield from whole
-                if rest:
+                    for line in whole:
+                        self.line += 1
+                        yield line + "\n"
+                if rest := rest + decoder.decode(b"", True):
+                    self.line += 1
                     yield rest
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: damaged gzip file ({error}). Remove it and fetch it again") \
+            raise OSError(f"{path}: damaged gzip file ({error}). Remove it and fetch it again") \
                 from None
         self.checksums[path.name.removesuffix(".gz")] = digest.hexdigest()
 
     def read(self, path: Path, table: Table, roles: tuple[str, ...], store: Callable) -> None:
-        """Read a file, and call store(...) with the fields of the given roles for every line.
+        """Read a file, and call store(...) with the fields of the given roles for every row.
 
-        A line that cannot be split or stored is a bad one: it stops the reading, or is counted if
-        the user asked for that. A header that is not understood stops the reading in any case.
+        A row that cannot be split or stored is a bad one. The first of them stops the reading,
+        unless the user asked to drop and count them. If most lines are bad it is told in any case,
+        and so is a header that is not understood.
         """
-        names, rows = table.header, 0
-        choose = names and find_columns(names, roles)
-        for number, line in enumerate(self.lines(path), 1):
+        names, choose = table.header, table.header and find_columns(table.header, roles)
+        rows = table.split(self.lines(path, table.encoding))
+        self.line, before, bad, first, ended = 0, 0, 0, "", False
+        while not ended:
             try:
-                fields = table.split(line.decode(table.encoding).rstrip("\r"))
+                for fields in rows:
+                    if choose and len(fields) == len(names):
+                        store(*choose(fields))
+                    elif choose and "".join(fields).strip():
+                        raise ValueError(f"{len(fields)} fields, expected {len(names)}"
+                                         f"{separated(fields)}")
+                    elif fields and not choose:
+                        names, choose = fields, find_columns(fields, roles)
+                    before = self.line
+                ended = True
+            except FAULTS as error:     # the rows go on after it
+                hint = (" (a quote at the beginning of a field wants one at its end)"
+                        if isinstance(error, csv.Error) else "")
+                first = first or f"{path}, line {before + 1}: {error}{hint}"
                 if not choose:
-                    names, choose = fields, find_columns(fields, roles)
-                    continue
-                rows += 1
-                if len(fields) != len(names):
-                    raise ValueError(f"{len(fields)} fields, expected {len(names)}")
-                store(*choose(fields))
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
-                    csv.Error) as error:
-                if not choose or not self.skip_bad_lines:
-                    what = f"has no {error}" if isinstance(error, KeyError) else error
-                    advice = "Repair or remove the line, or pass --skip-bad-lines"
-                    raise ValueError(f"{path}, line {number}: {what}. "
-                                     f"{advice if choose else 'Repair the header'}") from None
-                self.dropped[f"bad lines of {path.name}"] += 1
-        if not rows:
-            raise ValueError(f"{path}: holds no rows. Fetch it again")
+                    raise ValueError(first) from None
+                bad, before = bad + self.line - before, self.line
+        if (lines := self.line - (not table.header)) < 1:
+            raise ValueError(f"{path}: holds no rows")
+        self.judge(first, path.name, bad, lines)
+
+    def judge(self, first: str, file: str, bad: int, lines: int) -> None:
+        """Count the bad lines of a file, or raise ValueError for the first of them.
+
+        Most lines have no slip in common, so if most are bad the reader expected something else.
+        """
+        if 2 * bad > lines:
+            raise ValueError(f"{first}. {bad:,} of {lines:,} lines are bad, so it is not a single "
+                             "line that wants repair; docs/data.md shows the formats")
+        if bad and not self.skip_bad_lines:
+            raise ValueError(f"{first}. Repair or remove the line, or pass --skip-bad-lines, which "
+                             f"drops {bad:,} of {lines:,} lines")
+        self.dropped[f"bad lines of {file}"] += bad
 
     def add_item(self, item: str, title: str) -> None:
-        """Enter an item. Raises ValueError for a title or an id that cannot be right."""
-        strict, title = self.form.strict, title.strip()
-        key = int(item) if strict else item
-        if not (item and title) and not strict:
+        """Enter an item. Raises ValueError for a second title."""
+        title = plain_text(title)
+        place = -1 if title in self.item_ids.missing else self.item_ids[item]
+        if place < 0:
             self.dropped["items without an id or a title"] += 1
-        elif not title or "\n" in title or "\r" in title:
-            raise ValueError(f"title {title[:40]!r} is empty or has a line break")
-        elif key not in self.index:
-            self.index[key] = len(self.titles)
+        elif place == len(self.titles):
             self.titles.append(title)
-        elif self.titles[self.index[key]] == title:
+        elif self.titles[place] == title:
             self.dropped["items listed again"] += 1
         else:
             raise ValueError(f"item {item} is listed twice, with different titles")
 
     def add_row(self, user: str, item: str, *time: str) -> None:
         """Enter an interaction, whose time is one text, or a year, a month and a day."""
-        if len(time) == 1:
-            timestamp = seconds(time[0])
-        else:           # LastFM has five dates before 1970; `prepare` drops them where dates matter
-            timestamp = int(datetime(*map(int, time), tzinfo=UTC).timestamp())
-        strict = self.form.strict
-        place = self.index.get(int(item) if strict else item)
-        if place is not None:       # users whose ids may be any text are numbered as they come
-            number = int(user) if strict else self.people.setdefault(user, len(self.people))
-            self.rows.extend((number, place, timestamp))
-        elif strict:
-            raise ValueError(f"unknown item {item}, not in {self.form.tables[1].name}")
+        when = moment(time[0] if len(time) == 1 else "{}-{:0>2}-{:0>2}".format(*time))
+        what = self.item_ids[item]
+        who = (self.user_ids if 0 <= what < len(self.titles) else self.other_users)[user]
+        if who < 0 or what < 0:
+            self.dropped[WITHOUT] += 1
+        elif what >= len(self.titles):
+            self.dropped[UNTITLED] += 1
         else:
-            self.dropped["interactions with items that have no title"] += 1
+            if isinstance(when, float) and self.times.typecode == "q":
+                self.times = array("d", self.times)
+            self.times.append(when)
+            self.users.append(who)
+            self.items.append(what)
+            if when < self.earliest[0]:
+                self.earliest = when, self.line
+            if when > self.latest[0]:
+                self.latest = when, self.line
 
-    def interactions(self, domain: str | None) -> Interactions:
+    def clock(self) -> tuple[np.ndarray, int, np.ndarray]:
+        """(times, how many of their units are a day, or 0, the mask of those that can be)."""
+        times, public = np.asarray(self.times), bool(self.form.downloads)
+        middle, file = float(np.median(times)), self.form.tables[0].name
+        unit = next((u for u in UNITS if FIRST * u <= middle < LAST * u), int(public))
+        low, high = (LAST * unit // 1000, LAST * unit) if unit else (-PLACES, PLACES)
+        possible = (low <= times) & (times < high) | public
+        if bad := int((~possible).sum()):
+            time, line = self.earliest if self.earliest[0] < low else self.latest
+            self.judge(f"{self.form.folder}/{file}, line {line}: timestamp {time}; the median is "
+                       f"{middle:g}. Wanted in the whole column {WANTED}, or numbers below "
+                       f"{PLACES:,} that only say what came first", file, bad, len(times))
+        while unit > 1 and self.times.typecode == "q" and not (times % 1000).any():
+            times, unit = times // 1000, unit // 1000           # of dates mostly to seconds
+        return times, 86_400 * unit, possible
+
+    def interactions(self, domain: str | None, drop_untitled: bool = False) -> Interactions:
         """Everything that was entered."""
-        if not self.rows:
-            raise ValueError("no interaction has an item of the catalogue. Do the item file and "
-                             "the interactions belong together?")
-        columns = np.frombuffer(self.rows, dtype=np.int64).reshape(-1, 3).T.copy()
-        steps = tuple(f"{count:,} {reason} dropped" for reason, count in self.dropped.items())
-        return Interactions(*columns, unique_titles(self.titles), domain or self.form.domain,
-                            self.checksums, steps)
+        listed, names = len(self.titles), self.item_ids.names
+        untitled, rows = self.dropped[UNTITLED], len(self.users)
+        if untitled > (rows + untitled) / 10 and not drop_untitled:
+            raise ValueError(
+                f"{untitled:,} of {rows + untitled:,} interactions are with items for which "
+                f"{self.form.tables[1].name} has no title, such as "
+                f"{', '.join(names[listed:listed + 3])}; it lists {listed:,} ids, such as "
+                f"{', '.join(names[:min(listed, 3)])}. Both files want the same ids, letter for "
+                "letter" + ("; --drop-untitled goes on without these interactions" if rows else ""))
+        if not rows:
+            raise ValueError("no interaction has a user and an item with a title")
+        times, day, possible = self.clock()
+        users, items = np.asarray(self.users), np.asarray(self.items)
+        steps = [in_words({
+            "interactions": rows + untitled + self.dropped[WITHOUT],
+            "users": len({*self.user_ids.names, *self.other_users.names}),
+            "items": np.count_nonzero(np.bincount(items)) + len(names) - listed})]
+        steps += [f"{count:,} {reason} dropped" for reason, count in self.dropped.items() if count]
+        titles = unique_titles(self.titles)
+        if again := [new for new, old in zip(titles, self.titles) if new != old]:
+            steps.append(f"{len(again):,} items got a number, because others have the same title, "
+                         f"as {again[0]!r}")
+        user_ids = self.user_ids.names
+        if self.form.numbered:
+            users, user_ids = np.array(user_ids).astype(np.int64)[users], []
+        return Interactions(users[possible], items[possible], times[possible], titles,
+                            domain or self.form.domain, self.checksums, tuple(steps), day,
+                            user_ids, names[:listed])
 
 
 def unique_titles(titles: list[str]) -> list[str]:
@@ -438,26 +619,29 @@ def unique_titles(titles: list[str]) -> list[str]:
 
 
 def load_interactions(name: str, data_dir: str | Path = "data", skip_bad_lines: bool = False,
-                      domain: str | None = None) -> Interactions:
+                      domain: str | None = None, drop_untitled: bool = False) -> Interactions:
     """Read a public data set, which is fetched to data_dir if need be, or a folder of one's own.
 
-    All raw rows whose item has a title are there; nothing else is filtered. A bad line stops the
-    reading, or is counted with skip_bad_lines. Raises FileNotFoundError, which says what to
-    download and where to save it, or ValueError, which gives the file and the line.
+    All raw rows whose item has a title are there; nothing else is filtered. The first of the steps
+    are the counts of the files. A bad line stops the reading, or is counted with skip_bad_lines.
+    More than a tenth of rows without a title stop it, unless drop_untitled. Raises
+    FileNotFoundError, which says what to download and where to save it, or ValueError, which gives
+    the file and the line.
     """
+    folder = Path(name)
     if name in FORMATS:
         form, paths = FORMATS[name], find_files(name, Path(data_dir))
-    elif Path(name).is_dir():
-        form = own_format(Path(name))
-        paths = [present(Path(name), table.name) for table in form.tables]
+    elif folder.is_dir():
+        form = own_format(folder)
+        paths = [present(folder, table.name) for table in form.tables]
     else:
-        raise ValueError(f"unknown data set {name!r}; known are synthetic, {', '.join(FORMATS)}, "
-                         "or a folder with interactions.csv and items.csv")
+        what = "that is a file" if folder.exists() else "there is no such folder"
+        raise ValueError(f"unknown data set {name!r}: {what}; known are synthetic, "
+                         f"{', '.join(FORMATS)}, or a folder with interactions.csv and items.csv")
     reader = Reader(form, skip_bad_lines)
     reader.read(paths[1], form.tables[1], ("id", "title"), reader.add_item)
     reader.read(paths[0], form.tables[0], ("user", "item", *form.time), reader.add_row)
-    x = reader.interactions(domain)
-    return replace(x, dated=name in FORMATS or bool(x.timestamps.max() > PLACES))
+    return reader.interactions(domain, drop_untitled)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -473,6 +657,11 @@ def counts(interactions: Interactions) -> dict[str, int]:
             "items": len(np.unique(interactions.items))}
 
 
+def in_words(found: dict[str, int]) -> str:
+    """Counts as text."""
+    return ", ".join(f"{count:,} {what}" for what, count in found.items())
+
+
 def keep(interactions: Interactions, rows: np.ndarray, step: str,
          all_items: bool = False) -> Interactions:
     """Keep the given rows (a mask) and the items that still occur, and note the step's counts.
@@ -486,19 +675,20 @@ def keep(interactions: Interactions, rows: np.ndarray, step: str,
                          "--sample")
     if not all_items:
         items, renumbered = np.unique(x.items, return_inverse=True)
-        x = replace(x, items=renumbered, titles=[x.titles[i] for i in items])
-    left = ", ".join(f"{count:,} {what}" for what, count in counts(x).items())
-    return replace(x, steps=(*x.steps, f"{step}: {left}"))
+        x = replace(x, items=renumbered, titles=[x.titles[i] for i in items],
+                    item_ids=[x.item_ids[i] for i in items if x.item_ids])
+    return replace(x, steps=(*x.steps, f"{step}: {in_words(counts(x))}"))
 
 
-def first_of_each_pair(x: Interactions) -> Interactions:
+def first_of_each_pair(x: Interactions, advice: str = "") -> Interactions:
     """Of a user's interactions with the same item, keep the earliest (on a tie, the first row)."""
     users = np.unique(x.users, return_inverse=True)[1]
     pairs = users * len(x.titles) + x.items
     by_time = np.argsort(x.timestamps, kind="stable")
     kept = np.zeros(len(pairs), dtype=bool)
     kept[by_time[np.unique(pairs[by_time], return_index=True)[1]]] = True
-    return x if kept.all() else keep(x, kept, "first of each user and item", all_items=True)
+    step = f"first of each user and item, {(~kept).sum():,} repeats dropped{advice}"
+    return x if kept.all() else keep(x, kept, step, all_items=True)
 
 
 def at_least(ids: np.ndarray, least: int) -> np.ndarray:
@@ -543,14 +733,32 @@ def in_file_order(x: Interactions) -> Interactions:
     order = np.argsort(x.users, kind="stable")
     owner, place = x.users[order], np.empty_like(order)
     place[order] = np.arange(len(order)) - np.searchsorted(owner, owner)
-    return replace(x, timestamps=place, dated=False)
+    return replace(x, timestamps=place, day=0)
+
+
+def describe_times(x: Interactions) -> str:
+    """From when to when, how many neighbours have equal times, and a warning if they are many."""
+    order = np.lexsort((x.timestamps, x.users))
+    same_user, same_time = (np.diff(column[order]) == 0 for column in (x.users, x.timestamps))
+    share = (same_user & same_time).sum() / max(1, same_user.sum())
+    first, last = (day_of(time, x.day) for time in (x.timestamps.min(), x.timestamps.max()))
+    return (f"times | {'' if x.day else 'only an order, '}{first} to {last} | {100 * share:.1f} % "
+            "of neighbours, consecutive items of a user, have equal times" + (
+                "\nwarning | at equal times the order of the file decides what came first; so what "
+                "is learned and measured of order is in part the file's" if share > 0.1 else ""))
+
+
+def day_of(time: float, day: float) -> str:
+    """The date of a time. Where times only say what came first, the number itself."""
+    return str(np.datetime64(int(time // day), "D")) if day else f"{time:g}"
 
 
 def prepare(interactions: Interactions, name: str, sample: float | None = None, seed: int = 0,
-            chronological: bool = False) -> Interactions:
+            chronological: bool = False, keep_repeats: bool = False) -> Interactions:
     """Take the steps of §5.1.1 for a data set and count each in `steps` (README: D4, D9, D14).
 
-    In every data set, of repeated interactions of a user with an item only the first stays. Then:
+    In every data set, of repeated interactions of a user with an item only the first stays, unless
+    keep_repeats. Then:
 
     - movielens: the 5-core is taken, and users are drawn until they have `sample` of the rows;
     - steam: users with 20 games or more stay, and `sample` of the users and of the games is drawn;
@@ -566,7 +774,8 @@ def prepare(interactions: Interactions, name: str, sample: float | None = None, 
         x = keep(x, possible, "dates that can be, 2002 or later")
     elif name == "lastfm":
         x = in_file_order(x)
-    x = first_of_each_pair(x)
+    if not keep_repeats:
+        x = first_of_each_pair(x, "" if name in FORMATS else "; --keep-repeats keeps them")
     if name == "lastfm":
         x = keep(x, at_least(x.items, 4), "artists with 4 users or more")
         x = keep(x, at_least(x.users, 4), "users with 4 artists or more")

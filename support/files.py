@@ -3,7 +3,11 @@
 import hashlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from safetensors.numpy import save
@@ -11,23 +15,43 @@ from safetensors.numpy import save
 from support.processes import rank
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """In this context an error of the system names the file that is written, and no temporary one.
+
+    What a full disk says has no name by itself.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is either whole or as it was before, also when the machine is lost.
 
-    Of several processes only the first one writes.
+    It is written in a new folder beside its place and then moved there. So nothing is written
+    through a link of that name: the link is replaced, and what it led to stays as it is. Of several
+    processes only the first one writes.
     """
     if rank():
         return
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
+    with naming(path), tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as new:
+        with open(Path(new, path.name), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        os.replace(Path(new, path.name), path)
+
+
+def open_own(path: Path) -> TextIO:
+    """Open a text file to add to it, as a new file if there is none.
+
+    What is a link, of either kind, becomes a copy first, so the file it led to stays as it is.
+    """
+    if path.is_symlink() or path.is_file() and path.stat().st_nlink > 1:
+        write_whole(path, path.read_bytes() if path.is_file() else b"")
+    return open(path, "a", encoding="utf-8")
 
 
 def write_json(path: Path, value) -> None:

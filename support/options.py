@@ -71,6 +71,11 @@ class Options:
                       "beyond the paper (D15)", "order", choices=["order", "time"])
     skip_bad_lines: bool = flag("data", "count malformed lines instead of stopping at the first",
                                 False)
+    drop_untitled: bool = flag("data", "go on without the interactions whose items have no title, "
+                               "even if they are more than a tenth", False)
+    keep_repeats: bool = flag("data", "a folder of your own only: keep the repeated interactions "
+                              "of a user with an item, as of songs; without it only the first "
+                              "counts (D14)", False)
     order_strength: float = flag("data", "synthetic only: how much the order of a history decides "
                                  "the next item, from 0 (not at all) to 1", 1.0, metavar="S")
     clock: float = flag("data", "synthetic only: how much of that follows the age of an item and "
@@ -121,17 +126,19 @@ class Options:
                        "epoch without a better validation L_TA", 3, tiny=1, low=1, metavar="N")
     least_steps: int = flag("tuning", "allow more epochs on small data, until there are N steps",
                             300, low=0, high=1e6, metavar="N",
-                            shown="300; 0 where --epochs or --max-steps is given")
+                            shown="300; 0 where --epochs is given")
     warmup: int = flag("tuning", "steps of linear warm-up, but at most a tenth of all steps; then "
                        "the rate decays linearly", 20, tiny=50, low=0, metavar="N")
-    max_steps: int = flag("tuning", "stop tuning after N steps; 0 means no limit", 0, low=0,
+    max_steps: int = flag("tuning", "make N steps at most; 0 means no limit", 0, low=0,
                           metavar="N")
     micro_batch: int = flag("tuning", "rows of a batch to work on at a time, with the same "
                             "gradient; 0 means as many as suit the memory", 0, low=0, metavar="N")
     recompute: bool = flag("tuning", "run each block again in the backward pass instead of keeping "
                            "what it computed: less memory, more time", False)
-    compile: bool = flag("tuning", "let torch.compile make kernels for the blocks; the first step "
-                         "takes up to two minutes, and CPUs want a C++ compiler", False)
+    compile: bool | None = flag(
+        "tuning", "let torch.compile make kernels for the blocks; the first step takes up to two "
+        "minutes, and CPUs want a C++ compiler", None,
+        shown="yes on GPUs where there may be 1,000 steps; else no")
 
     # Evaluation (§5). These flags may be given with --eval-only, too.
 
@@ -154,7 +161,7 @@ class Options:
                             "single those of the best beam, as BIGRec (D7)", "merged",
                             choices=["merged", "single"])
     exclude_history: bool = flag("evaluation", "leave items of the history out of the lists, "
-                                 "§5.1.2 (D13)", True)
+                                 "§5.1.2 (D13)", True, shown="yes; no with --keep-repeats")
 
     # The machine. These change the speed, and the results by rounding only.
 
@@ -193,8 +200,10 @@ class Options:
                 print("--temporal none leaves one world only: λ is 0 in this run (w.o. Both = "
                       "BIGRec)")
             flags["lambda_ct"] = 0.0
-        if flags.keys() & {"epochs", "max_steps"}:      # whoever says how long means it
+        if "epochs" in flags:           # whoever says how long means it
             flags.setdefault("least_steps", 0)
+        if flags.get("keep_repeats"):       # an answer may stand in its history then
+            flags.setdefault("exclude_history", False)
         data = flags.get("data", "synthetic")
         presets = () if flags.get("model", "tiny") != "tiny" else (data, "tiny")
         options = cls(**defaults(cls, *presets) | {"sample": SAMPLE.get(data, 1.0)} | flags)
@@ -210,6 +219,8 @@ class Options:
                 ("data_dir", "a public data set", public),
                 ("sample", "data that are not synthetic", not drawn),
                 ("domain", "data that are not synthetic", not drawn),
+                ("drop_untitled", "data that are not synthetic", not drawn),
+                ("keep_repeats", "a folder of your own", not drawn and not public),
                 ("sinpe_scale", "--temporal sinpe", self.temporal == "sinpe"),
                 *((name, "--lists beams", "beams" in self.lists) for name in sorted(OF_BEAMS))):
             if name in flags and not used:
@@ -268,12 +279,13 @@ class Where:
     out: str = flag("run", "where a new run gets its folder, and tiny bases theirs", "runs",
                    metavar="DIR")
     resume: str | None = flag("run", "continue the interrupted run in this folder; goes with "
-                              "--data-dir, --device, and --model where the base has moved", None,
-                              shown="a new run", metavar="RUN")
+                              "--data-dir, --device, and --data and --model where data and base "
+                              "have moved", None, shown="a new run", metavar="RUN")
     eval_only: str | None = flag("evaluation", "evaluate the adapter in this run folder again, on "
                                  "its own data and base; goes with the flags of this group, "
-                                 "--data-dir, --device, --dtype, and --model where the base has "
-                                 "moved", None, shown="tune first", metavar="RUN")
+                                 "--data-dir, --device, --dtype, and --data and --model where "
+                                 "data and base have moved", None, shown="tune first",
+                                 metavar="RUN")
 
 
 def defaults(kind, *presets: str) -> dict:
@@ -326,7 +338,7 @@ def add_flags(ap: argparse.ArgumentParser, *kinds, only=None) -> None:
         if m["group"] not in groups:
             groups[m["group"]] = ap.add_argument_group(m["group"])
         how = {"help": f"{m['text']} (default: {describe_default(f)})".replace("%", "%%")}
-        if f.type is bool:
+        if f.type in (bool, bool | None):
             how["action"] = argparse.BooleanOptionalAction
         else:
             how |= {"type": f.type if f.type in (int, float) else str, "choices": m["choices"],

@@ -6,8 +6,11 @@ they are added up over all processes, and each makes the same step. Users are de
 evaluation in the same way. Process 0 alone prints and writes.
 """
 
+import math
 import os
+import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,11 +21,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from data import IGNORE, Batch, Sequences
 from evaluate import Lists
 
-
+PATIENCE = 60                   # seconds in which the processes of a run must find one another
+TORCHRUN = ("Of several processes, torchrun tells each its RANK, LOCAL_RANK, WORLD_SIZE, "
+            "MASTER_ADDR and MASTER_PORT; for one process alone, unset RANK and WORLD_SIZE")
 SHARDED: list[bool] = []        # holds something once weights are sharded
 
 
@@ -36,21 +42,64 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def variable(name: str, least: int, most: int, default: str | None = None) -> int:
+    """The whole number in a variable of the environment. Raises ValueError if there is none."""
+    value = os.environ.get(name, default)
+    if value is None or not (value.isdecimal() and least <= int(value) <= most):
+        found = "not set" if value is None else repr(value)
+        raise ValueError(f"the environment variable {name} is {found}; wanted a whole number from "
+                         f"{least} to {most}. {TORCHRUN}")
+    return int(value)
+
+
+def connect(number: int, N: int) -> None:
+    """Join process `number` of N with the others, at the address that the environment names.
+
+    Raises ValueError for a variable that is wrong, and if the others are not there in time.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), variable("MASTER_PORT", 1, 65_535)
+    if not host:
+        raise ValueError(f"the environment variable MASTER_ADDR is not set. {TORCHRUN}")
+    backend, deadline = "gloo", time.monotonic() + PATIENCE
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(variable("LOCAL_RANK", 0, torch.cuda.device_count() - 1))
+    try:
+        while number:           # PyTorch would wait too, but Ctrl-C could not stop it
+            try:
+                socket.create_connection((host, port), timeout=PATIENCE / 10).close()
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=PATIENCE)))
+        # A process that dies ends the others at once, so whoever waits may wait long: for a base.
+        dist.init_process_group(backend, store=store, rank=number, world_size=N,
+                                timeout=timedelta(days=2))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"process {number} of {N} did not find the others at {host}:{port} within "
+                         f"{PATIENCE} s ({error}). They want the same MASTER_ADDR and MASTER_PORT, "
+                         "and to be started together, as torchrun does it") from None
+
+
 @contextmanager
-def joined():
+def joined() -> Iterator[int]:
     """In this context the processes that torchrun has started can talk to one another.
 
-    They end with it, status 0, because the libraries' threads may abort a process that winds down.
+    It gives the number of this process. They end with it, status 0, because the libraries' threads
+    may abort a process that winds down. Raises ValueError as connect does.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():  # by an outer command
-        yield
+    if dist.is_initialized():           # by an outer command
+        yield rank()
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # A process that dies ends the others at once, so whoever waits may wait long, as for a base.
-    dist.init_process_group(backend, timeout=timedelta(days=2))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))        # what "cuda" means from now on
-    yield
+    N = variable("WORLD_SIZE", 1, 10**6, "1")
+    number = variable("RANK", 0, N - 1, "0" if N == 1 else None)
+    if N == 1:
+        yield 0
+        return
+    connect(number, N)
+    yield number
     dist.barrier()          # whoever left earlier would seem to have died
     dist.destroy_process_group()
     sys.stdout.flush()
@@ -88,15 +137,18 @@ def my_parts(batch: Batch, rows: int) -> list[tuple[Batch, float]]:
     """The parts of a batch that this process works on, at most so many rows each, and their shares
     of the batch's answer tokens.
 
-    All processes get equally many. One for which nothing is left gets a part that another one has,
-    with share 0.
+    Its stretch of the batch is the same however many rows are in a part, and all processes get
+    equally many parts. Where there are fewer rows than parts, some are a row with share 0.
     """
-    N = processes()
-    parts = batch.split(min(rows, -(-len(batch.tokens) // N)))
-    targets = [int((part.answers != IGNORE).sum()) for part in parts]
-    shares = [count / sum(targets) for count in targets]
-    spare = -len(parts) % N
-    return list(zip(parts + parts[:1] * spare, shares + [0.0] * spare))[rank()::N]
+    B, N = len(batch.tokens), processes()
+    each = math.ceil(math.ceil(B / N) / rows)           # parts of a process
+    targets, mine = int((batch.answers != IGNORE).sum()), []
+    for i in range(rank() * each, (rank() + 1) * each):
+        start, stop = B * i // (N * each), B * (i + 1) // (N * each)
+        part = batch.rows(slice(start, max(stop, start + 1)))
+        share = int((part.answers != IGNORE).sum()) / targets if stop > start else 0.0
+        mine.append((part, share))
+    return mine
 
 
 def seed_dropout(seed: int, step: int) -> None:

@@ -6,7 +6,6 @@ A checkpoint is safetensors with a checksum of all that is in it; nothing is unp
 import fcntl
 import hashlib
 import json
-import math
 import os
 import sys
 import tempfile
@@ -22,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import IGNORE, Batch, Tokenizer
-from support.files import save_arrays
-from support.memory import peak_memory
+from support.files import naming, open_own, save_arrays
+from support.machine import peak_memory
 from support.processes import rank
 
 
@@ -80,7 +79,7 @@ def open_log(folder: Path, progress: Progress) -> TextIO:
     """
     if rank():
         return tempfile.TemporaryFile("w", encoding="utf-8")
-    log = open(folder / "log.jsonl", "a", encoding="utf-8")
+    log = open_own(folder / "log.jsonl")
     try:
         lock(log)
     except ValueError:
@@ -92,6 +91,13 @@ def open_log(folder: Path, progress: Progress) -> TextIO:
               "curves of this run will have a gap, its result will not")
     log.truncate(whole)
     return log
+
+
+def write_line(log: TextIO, values: dict) -> None:
+    """Add a line to the log. Where the disk is full, the error names the log."""
+    if not rank():
+        with naming(Path(log.name)), open(log.name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
 
 
 def open_bar(progress: Progress, total: int, name: str = "tuning") -> tqdm:
@@ -111,9 +117,8 @@ def log_step(log: TextIO, bar: tqdm, progress: Progress, losses: list[float], la
     loss, loss_ta, loss_ct = (*losses, None)[:3]
     now, done = time.perf_counter(), progress.step - progress.first
     ms, progress.last = 1000 * (now - progress.last), now
-    log.write(json.dumps({"step": progress.step, "loss": loss, "loss_ta": loss_ta,
-                          "loss_ct": loss_ct, "lr": lr, "ms": ms}) + "\n")
-    log.flush()
+    write_line(log, {"step": progress.step, "loss": loss, "loss_ta": loss_ta, "loss_ct": loss_ct,
+                     "lr": lr, "ms": ms})
     parts = "" if loss_ct is None else f" = ta {loss_ta:.3f} + {lambda_ct:g} x ct {loss_ct:.3f}"
     if done == 1:
         progress.warm = now
@@ -130,15 +135,9 @@ def log_step(log: TextIO, bar: tqdm, progress: Progress, losses: list[float], la
 
 
 def log_validation(log: TextIO, bar: tqdm, progress: Progress) -> bool:
-    """Write and print the last validation loss. Returns whether its epoch is the best so far.
-
-    Raises ValueError for a loss that is not finite.
-    """
+    """Write and print the last validation loss. Returns whether its epoch is the best so far."""
     loss = progress.validation[-1]
-    if not math.isfinite(loss):
-        raise ValueError(f"validation L_TA is {loss} after step {progress.step}: tuning has "
-                         "diverged. Try a smaller --lr or --lambda-ct")
-    log.write(json.dumps({"step": progress.step, "validation_ta": loss}) + "\n")
+    write_line(log, {"step": progress.step, "validation_ta": loss})
     best = loss == min(progress.validation)
     bar.write(f"epoch {len(progress.validation)} | validation ta {loss:.4f} | " + (
         "best so far, adapter saved" if best else "no better than before, so tuning stops"),
@@ -156,8 +155,9 @@ def not_finite(step: int, norm: float, batch: Batch, tokenizer: Tokenizer) -> st
         sequences.append(f"{', '.join(map(tokenizer.decode, items))} -> "
                          f"{tokenizer.decode(answer[answer != IGNORE].tolist())}")
     return (f"step {step}: the gradient's norm is {norm}, so the step was not made. Its sequences: "
-            f"{'; '.join(sequences)}. Try a smaller --lr or --lambda-ct; the adapter of the best "
-            "epoch, if one has ended, and the last checkpoint are kept")
+            f"{'; '.join(sequences)}. Try a smaller --lr or --lambda-ct, or --dtype bfloat16 where "
+            "it is float16; the adapter of the best epoch, if one has ended, and the last "
+            "checkpoint are kept")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -176,13 +176,13 @@ def save_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, progress: Pr
                     log: TextIO) -> None:
     """Write checkpoint.safetensors: factors, moments, the best factors, and how far tuning has got.
 
-    The log is flushed to the disk first.
+    The log is on the disk first.
     """
     progress.saved = time.perf_counter()
     if rank():
         return
-    log.flush()
-    os.fsync(log.fileno())
+    with naming(Path(log.name)):
+        os.fsync(log.fileno())
     tensors = {f"best/{i}": x for i, x in enumerate(progress.best)}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         tensors[f"factor/{i}"] = p.detach()
@@ -190,8 +190,8 @@ def save_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, progress: Pr
             tensors |= {f"mean/{i}": moments["exp_avg"], f"square/{i}": moments["exp_avg_sq"]}
     arrays = {name: x.numpy(force=True) for name, x in tensors.items()}
     notes = {"progress": json.dumps({
-        "step": progress.step, "validation": progress.validation, "log_length": log.tell(),
-        "seconds": progress.total_seconds()})}
+        "step": progress.step, "validation": progress.validation,
+        "log_length": os.fstat(log.fileno()).st_size, "seconds": progress.total_seconds()})}
     save_arrays(arrays, folder / "checkpoint.safetensors",
                 notes | {"sha256": checksum(arrays, notes)})
 

@@ -3,13 +3,15 @@
 A run folder holds run.json (options, versions, counts, and at the end the results), log.jsonl (a
 line for each step), the adapter, evaluation.safetensors (lists by test sequence), catalogue.json,
 and until the run is complete checkpoint.safetensors (support/progress.py). What --eval-only finds
-goes to eval.json and eval-evaluation.safetensors beside them. All of it is safetensors or JSON;
-nothing is unpickled.
+goes to eval.json and eval-evaluation.safetensors beside them; the next time to eval-2.json and
+eval-2-evaluation.safetensors, and so on. All of it is safetensors or JSON; nothing is unpickled.
 
 Nothing here is the paper. It is what lets a run be repeated, interrupted and looked at afterwards.
 """
 
+import csv
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -19,29 +21,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence as Ids
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import safetensors
 import tokenizers
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from data import (DOMAINS, NO_ITEM, Catalogue, Example, Sequences, Tokenizer, encode_sequences,
                   make_sequences, split_by_time)
 from llama import Llama, load_llama
-from lora import load_lora, save_lora
+from lora import add_lora, load_lora, save_lora
 from support.checkpoints import (check_checkpoint, check_config, check_context, find_checkpoint,
                                  read_tokenizer)
-from support.counting import format_table
-from support.datasets import TABLE_2, counts, load_interactions, prepare
-from support.files import read_object, save_arrays, write_json
+from support.counting import format_table, known
+from support.datasets import (FORMATS, TABLE_2, counts, describe_times, in_words,
+                              load_interactions, prepare)
+from support.files import naming, read_object, save_arrays, write_json, write_whole
 from support.options import EVALUATION, Options, as_flag
-from support.processes import agreed, check_shardable, first_process_first, processes, rank
+from support.machine import choose_device, choose_kernels
+from support.processes import agreed, first_process_first, processes, rank
 from support.synthetic import SyntheticWorld
 from support.tiny import TINY_BASES, TinyBase, tiny_base
 
@@ -86,13 +89,14 @@ def open_inputs(options: Options, out: Path, source: Path | None = None,
         check_context(tokenizer, part, config.max_position_embeddings)
     started, digest = time.perf_counter(), check_checkpoint(source)
     llama = load_llama(source, "cpu" if options.shard else device, dtype)
-    wrap_blocks(llama, options)
+    choose_kernels(device, llama.lm_head.weight.dtype)
+    settings = adapter_settings(options, digest, splits[0].domain, splits[0].titles)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     print(f"base model {source} | digest {digest} | {config.vocab_size:,} tokens | read in "
           f"{time.perf_counter() - started:.1f} s | on {device}{threads}, "
           f"{'as stored' if dtype is None else str(dtype).removeprefix('torch.')}")
     record |= {"method": "cetrec", "options": options.record(), "vocabulary": config.vocab_size,
-               "settings": options.adapter_settings() | {"base": digest},
+               "settings": settings,
                "base": source.name if options.model == "tiny" else str(source),
                "versions": versions(device)}
     if same_as:
@@ -103,21 +107,42 @@ def open_inputs(options: Options, out: Path, source: Path | None = None,
 def reopen(folder: Path, flags: dict, command: str) -> RunInputs:
     """What the run in a folder worked on; see read_run for the flags that may change it."""
     options, source = read_run(folder, flags, command)
+    if options.data not in (*FORMATS, "synthetic") and not Path(options.data).is_dir():
+        raise FileNotFoundError(f"{options.data}: no such folder, but the data of the run were "
+                                "there; if it has moved, say where with --data")
     return open_inputs(options, folder.parent, source, same_as=folder)
 
 
-def wrap_blocks(llama: Llama, options: Options) -> None:
-    """--recompute and --compile, which a block does not know of. Evaluation stays eager."""
-    for block in llama.layers:
-        if options.recompute:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if options.compile:
-            block.forward = in_training(torch.compile(block.forward, dynamic=True), block.forward)
+def open_base(folder: Path, flags: dict, command: str) -> tuple[Options, Llama, Catalogue, dict]:
+    """What the adapter of a run goes with, without the data it was tuned on.
+
+    -> options, base model, catalogue, and the settings that load_adapter wants
+    """
+    options, source = read_run(folder, flags, command)
+    if options.index == "time":
+        raise ValueError(f"{folder}: its index is time, and titles without dates have none")
+    device, dtype = choose_device(options)
+    check_config(source)
+    tokenizer, digest = read_tokenizer(source), check_checkpoint(source)
+    llama = load_llama(source, device, dtype)
+    choose_kernels(device, llama.lm_head.weight.dtype)
+    domain, titles = read_catalogue(folder)
+    return (options, llama, Catalogue(titles, domain, tokenizer),
+            adapter_settings(options, digest, domain, titles))
 
 
-def in_training(compiled: Callable, eager: Callable) -> Callable:
-    """A function that is compiled while gradients are recorded, and eager otherwise."""
-    return lambda *inputs: (compiled if torch.is_grad_enabled() else eager)(*inputs)
+def adapter_settings(options: Options, base: str, domain: str, titles: list[str]) -> dict:
+    """What a model and its catalogue must have in common with those that an adapter was tuned with.
+    """
+    catalogue = hashlib.sha256(json.dumps([domain, titles]).encode()).hexdigest()[:16]
+    return options.adapter_settings() | {"base": base, "catalogue": catalogue}
+
+
+def add_factors(model: nn.Module, options: Options) -> None:
+    """LoRA factors with the settings of a run, drawn from its seed (§3.1)."""
+    torch.manual_seed(options.seed)
+    add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout,
+             options.lora_targets)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -141,8 +166,14 @@ def start(out: Path, name: str, inputs: RunInputs) -> Path:
     print("a training prompt, each item ⟨marked⟩ with its index k\n"
           f"{show_prompt(inputs.tokenizer, example)}")
     folder = new_folder(out, f"{Path(inputs.options.data).resolve().name}-{name}")
-    write_json(folder / "run.json", inputs.record)
+    begin(folder, inputs.record, inputs.splits[0])
     return folder
+
+
+def begin(folder: Path, record: dict, sequences: Sequences) -> None:
+    """Write what is known of a run before it tunes: its catalogue and its record."""
+    write_json(folder / "catalogue.json", {"domain": sequences.domain, "titles": sequences.titles})
+    write_json(folder / "run.json", record)
 
 
 def show_prompt(tokenizer: Tokenizer, example: Example) -> str:
@@ -158,11 +189,15 @@ def show_prompt(tokenizer: Tokenizer, example: Example) -> str:
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """An interruption in this context says how to continue."""
+    """An interruption in this context, and an error of the system, say how to continue."""
     try:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with --resume {folder}") from None
+    except BrokenPipeError:         # who reads the output has had enough
+        raise
+    except OSError as error:        # a full disk above all
+        raise OSError(f"{error}; once that is mended, --resume {folder} continues") from None
 
 
 def new_folder(out: Path, name: str) -> Path:
@@ -194,26 +229,53 @@ def versions(device: torch.device) -> dict[str, str]:
     return found
 
 
-def finish(folder: Path, record: dict, arrays: dict, catalogue: Catalogue | Sequences,
+def finish(folder: Path, record: dict, arrays: dict, sequences: Sequences,
            name: str = "run") -> None:
-    """Write results and print them. name: run, or eval beside it for a run evaluated again."""
+    """Write results and print them. name: run, or eval for a run that is evaluated again, which
+    becomes eval-2 and so on where such an evaluation is there already."""
     if rank():
         return
-    if name == "eval":      # until the new one is whole there is none, and the run's own counts
-        (folder / "eval.json").unlink(missing_ok=True)
-    record["arrays"] = save_arrays(
-        arrays, folder / ("evaluation.safetensors" if name == "run" else
-                          "eval-evaluation.safetensors"))
-    write_json(folder / "catalogue.json", {"domain": catalogue.domain,
-                                           "titles": catalogue.titles})
+    numbers = itertools.count(2)
+    while name != "run" and (folder / f"{name}.json").exists():
+        name = f"eval-{next(numbers)}"
+    prefix = "" if name == "run" else f"{name}-"
+    record["evaluated"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())    # in UTC
+    record["arrays"] = save_arrays(arrays, folder / f"{prefix}evaluation.safetensors")
+    write_whole(folder / f"{prefix}recommendations.csv",
+                recommendations(record["best"], arrays, sequences).encode())
     write_json(folder / f"{name}.json", record)
     if name == "run":
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     print(f"{record['protocol']}\n{format_table(record['rows'])}")
     if "effect" in record:
-        print("effect of order on log p(answer): {:+.4f} ± {:.4f} nats, factual minus erased "
-              "world".format(*record["effect"]))
+        effect, error = record["effect"]
+        print(f"effect of order on log p(answer): {effect:+.4f} ± {known(error, '.4f')} nats, "
+              "factual minus erased world")
     print(f"written {folder}")
+
+
+def recommendations(name: str, arrays: dict, sequences: Sequences) -> str:
+    """The lists of that name as CSV: a line for each rank of each test sequence.
+
+    Users and items are called as in the data, and the score is the title's log p, where the list
+    has one. The answer is the item that the user took next.
+    """
+    text = io.StringIO()
+    out = csv.writer(text)
+    out.writerow(["user", "rank", "item", "title", "score", "answer", "answer_title"])
+
+    def own(ids: Ids[str], number: int) -> str | int:
+        return ids[number] if ids else int(number)
+    for row, answer, items, scores in zip(
+            arrays["sequence"], arrays["target"], arrays[f"lists/{name}/original"],
+            arrays[f"log_p/{name}/original"]):
+        user = own(sequences.user_ids, sequences.users[row])
+        for place, (item, score) in enumerate(zip(items, scores), 1):
+            if item >= 0:
+                out.writerow([user, place, own(sequences.item_ids, item), sequences.titles[item],
+                              "" if np.isnan(score) else f"{score:.6g}",
+                              own(sequences.item_ids, answer), sequences.titles[answer]])
+    return text.getvalue()
 
 
 def read_run(folder: Path, flags: dict, command: str = "--eval-only") -> tuple[Options, Path]:
@@ -223,7 +285,7 @@ def read_run(folder: Path, flags: dict, command: str = "--eval-only") -> tuple[O
     files are and, unless a run is resumed, the evaluation may differ. The command is named in
     messages. Raises FileNotFoundError or ValueError.
     """
-    allowed = {"data_dir", "device", "model", "shard"} | (
+    allowed = {"data", "data_dir", "device", "model", "shard"} | (
         set() if command == "--resume" else EVALUATION | {"dtype"})
     if extra := sorted(flags.keys() - allowed):
         raise ValueError(f"{command} takes data, base and tuning from the run; it does not go with "
@@ -268,7 +330,7 @@ def read_catalogue(folder: Path) -> tuple[str, list[str]]:
     try:
         catalogue = read_object(path)
         domain, titles = catalogue["domain"], catalogue["titles"]
-        if domain in DOMAINS and titles and all(type(title) is str for title in titles):
+        if domain in DOMAINS and titles and titles == [str(title) for title in titles]:
             return domain, titles
         raise ValueError(f"{path}: not a run's catalogue; its domain or its titles are none")
     except (KeyError, TypeError) as error:
@@ -295,7 +357,7 @@ def check_same(folder: Path, record: dict) -> None:
 
 
 # ----------------------------------------------------------------------------------------------
-# Data, device, memory
+# Data
 
 
 def open_data(options: Options) -> tuple[tuple[Sequences, Sequences, Sequences],
@@ -312,52 +374,22 @@ def open_data(options: Options) -> tuple[tuple[Sequences, Sequences, Sequences],
         world = None
         with first_process_first():                             # which may have to fetch files
             raw = load_interactions(options.data, options.data_dir, options.skip_bad_lines,
-                                    options.domain)
-        print(f"raw | {_counted(counts(raw))}")
-        x = prepare(raw, options.data, options.sample, options.seed, options.chronological)
-        print(*(f"step | {step}" for step in x.steps), sep="\n", end="\n" if x.steps else "")
+                                    options.domain, options.drop_untitled)
+        x = prepare(raw, options.data, options.sample, options.seed, options.chronological,
+                    options.keep_repeats)
+        print(f"raw | {x.steps[0]}", *(f"step | {step}" for step in x.steps[1:]),
+              describe_times(x), sep="\n")
     sequences = make_sequences(x, index=options.index)
     train_set, valid_set, test_set = split_by_time(sequences)
     if options.limit_train:
         train_set = train_set.select(slice(-options.limit_train, None))
     found = counts(x) | {"items": len(x.titles), "sequences": len(sequences),
                          "train": len(train_set), "valid": len(valid_set), "test": len(test_set)}
-    print(f"data {options.data} | {_counted(found)}")
+    print(f"data {options.data} | {in_words(found)}")
     if options.data in TABLE_2:
-        print(f"paper's Table 2 | {_counted(TABLE_2[options.data])}")
+        print(f"paper's Table 2 | {in_words(TABLE_2[options.data])}")
     return (train_set, valid_set, test_set), world, {
         "counts": found, "steps": x.steps, "checksums": x.checksums}
-
-
-def _counted(found: dict[str, int]) -> str:
-    return ", ".join(f"{n:,} {what}" for what, n in found.items())
-
-
-def choose_device(options: Options) -> tuple[torch.device, torch.dtype | None]:
-    """The device, and the precision of the frozen weights, where None keeps the stored one.
-
-    auto takes half precision only where it is faster, which is on GPUs. bfloat16 has the range of
-    float32; float16 is for cards that do not have bfloat16.
-    """
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-            "cpu": True}
-    kind = options.device
-    if kind == "auto":
-        kind = next(name for name, available in here.items() if available)
-    if not here[kind]:
-        raise ValueError(f"--device {kind}: this PyTorch sees no such device; use --device auto")
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if options.compile and kind == "cpu" and not shutil.which(compiler):
-        raise ValueError(f"--compile wants a C++ compiler on CPUs, and there is no {compiler}; "
-                         "install it, name another one in the variable CXX, or drop --compile")
-    if options.shard:
-        check_shardable()
-    name = options.dtype
-    if name == "auto" and kind == "cuda":
-        name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    elif name == "auto":
-        name = "float32"
-    return torch.device(kind), None if name == "stored" else getattr(torch, name)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -372,12 +404,8 @@ def save_adapter(model, folder: Path, settings: dict) -> None:
     if rank():
         return
     name = settings.get("model")        # for peft, which cannot make the tiny base model
-    try:
+    with naming(folder / "adapter_model.safetensors"):
         save_lora(model, folder, None if name == "tiny" else name)
-    except BaseException:           # a full disk above all: leave no part of a file
-        for part in folder.glob("adapter_*.part"):
-            part.unlink()
-        raise
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         with open(folder / name, "rb") as file:         # on the disk before what vouches for it
             os.fsync(file.fileno())

@@ -13,9 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from safetensors import SafetensorError
 
+from support.files import naming
 from support.processes import joined
 
 # Control characters except tab and line feed, marks that turn the direction of text, unusual line
@@ -41,14 +43,24 @@ def one_line(message) -> str:
 
 
 class Visible:
-    """A stream that shows unseen characters, and otherwise is the stream that it writes to."""
+    """A stream that shows unseen characters, and otherwise is the stream that it writes to.
+
+    A question mark stands for a character that the terminal does not have.
+    """
 
     def __init__(self, stream):
         self._stream = stream
 
     def write(self, text: str) -> int:
         """Write visible(text)."""
-        return self._stream.write(visible(text))
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        with naming(Path("standard output")):
+            return self._stream.write(visible(text).encode(encoding, "replace").decode(encoding))
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        with naming(Path("standard output")):
+            self._stream.flush()
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
@@ -68,6 +80,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, usage: str = "[flags]", **settings):
         super().__init__(prog=prog, usage=f"{prog} {usage}", allow_abbrev=False, **settings)
 
+    def print_help(self, file=None) -> None:
+        """Print the help, also where the terminal does not have all its characters."""
+        print(self.format_help(), end="", file=Visible(file or sys.stdout))
+
     def error(self, message: str):
         """End the program with status 2."""
         usage = self.format_usage().strip()
@@ -83,23 +99,20 @@ def exit_status(work: Callable[[], None]) -> int:
     for name in ("stdout", "stderr"):       # a shell's >&- closes one; the work goes on without it
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
-    number = int(os.environ.get("RANK", 0))         # of this process, where torchrun started many
+    number = 0
     mine = threading.current_thread() is threading.main_thread()
     before = [(kind, signal.signal(kind, signal.default_int_handler))
               for kind in (signal.SIGTERM, signal.SIGINT) if mine]
     try:
-        with joined(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(
+        with joined() as number, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(
                 nowhere if number else Visible(sys.stdout)), contextlib.redirect_stderr(
                 Quiet(sys.stderr) if number else sys.stderr):
             work()
             sys.stdout.flush()
     except BrokenPipeError:     # who read the output, as `head` does, has had enough: say no more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141              # as a shell has it for a command that SIGPIPE ended
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         return failed(error)
-    except SafetensorError as error:        # of writing; whoever reads such a file says which it is
-        return failed(f"cannot write tensors ({error}). What was written before is whole")
     except (MemoryError, RuntimeError) as error:
         if OTHER_ENDED.search(str(error)):
             return failed("another process of this run has ended")
@@ -114,6 +127,10 @@ def exit_status(work: Callable[[], None]) -> int:
                   file=sys.stderr)
         return 130
     finally:
+        try:
+            sys.stdout.flush()
+        except OSError:         # Python would try again at its end, and fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         for kind, handler in before:
             signal.signal(kind, handler)
     return 0
@@ -125,8 +142,9 @@ def failed(message) -> int:
     Of several processes all have most faults alike. So others than the first one wait a while,
     in which torchrun ends them if the first one has told the fault.
     """
-    number = int(os.environ.get("RANK", 0))
-    if number:
+    number = os.environ.get("RANK", "")
+    other = number.isdecimal() and int(number) > 0
+    if other:
         time.sleep(3)
-    print(f"error{f' of process {number}' if number else ''}: {one_line(message)}", file=sys.stderr)
+    print(f"error{f' of process {number}' if other else ''}: {one_line(message)}", file=sys.stderr)
     return 2

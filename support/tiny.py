@@ -21,7 +21,7 @@ from data import IGNORE, NO_ITEM, Batch, Sequences, Tokenizer, batches, build_pr
 from llama import Llama, LlamaConfig, causal_mask, save_llama, token_positions
 from support import progress
 from support.checkpoints import check_context
-from support.files import write_json, write_whole
+from support.files import naming, open_own, write_json, write_whole
 from support.processes import agreed, first_process_first
 
 
@@ -130,7 +130,7 @@ def make(folder: Path, tokenizer: Tokenizer, train_set: Sequences, seed: int,
         return
     heads = recipe.num_attention_heads
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
+    with open_own(folder / "lock") as file:
         progress.lock(file, wait=True)
         if not (folder / "config.json").is_file():          # else another process has made it
             torch.manual_seed(seed)
@@ -154,7 +154,8 @@ def write_base(llama: Llama, tokenizer: Tokenizer, folder: Path) -> None:
                 "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS,
                 "clean_up_tokenization_spaces": False})):
         write_json(folder / name, content)
-    save_llama(llama, folder)
+    with naming(folder / "model.safetensors"):
+        save_llama(llama, folder)
     for name in ("log.jsonl", "checkpoint.safetensors", "lock"):
         (folder / name).unlink(missing_ok=True)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data import IGNORE, NO_ITEM, Catalogue
 from evaluate import (LENGTH, GroundedBeams, Lists, Model, Prompt, Recommender, beam_search,
-                      prompts_by_length, read_prompts)
+                      check_scores, prompts_by_length, read_prompts)
 from support.options import Options
 
 
@@ -164,7 +164,8 @@ def catalogue_log_likelihood(model: Model, prompts: Sequence[Prompt], trie: Trie
         hidden, _ = model(tokens, torch.full_like(tokens, NO_ITEM), looks_at.sum(dim=-1) - 1,
                           looks_at[:, None], past)                  # mask (B, 1, T, S + T)
         for start in range(path, T, step):
-            fill(nodes[start:start + step], model.logits(hidden[:, start:start + step]))
+            logits = check_scores(model.logits(hidden[:, start:start + step]))
+            fill(nodes[start:start + step], logits)
 
     # Sum down the tree, one level after another, so that a leaf holds the sum along its path.
     parent, level = torch.from_numpy(trie.parent).to(device), trie.children(np.array([0]))[1]

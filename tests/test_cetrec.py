@@ -8,20 +8,20 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TITLES
 
-from cetrec import (TemporalLlama, Tuning, answer_log_likelihood, answer_logits, cetrec_loss,
-                    counterfactual_loss, erase_order, learning_rate, rotary, temporal_aware_loss,
-                    train, twin_forward, validation_loss)
+from cetrec import (TemporalLlama, Tuning, answer_log_likelihood, answer_logits, batch_gradient,
+                    cetrec_loss, counterfactual_loss, erase_order, learning_rate, rotary,
+                    temporal_aware_loss, train, twin_forward, validation_loss)
 from data import IGNORE, batches, collate, encode_example, encode_sequences
 from llama import Llama, save_llama
 from lora import ALL_LINEAR, add_lora, load_lora, lora_parameters
-from support.runs import load_adapter, save_adapter, wrap_blocks
+from support.machine import wrap_blocks
+from support.runs import load_adapter, save_adapter
 
 KINDS = ["rope", "rope-attention", "sinpe", "none"]
 SETTINGS = {"model": "someone/llama", "temporal": "sinpe", "index": "order", "scale": 0.5,
@@ -86,7 +86,7 @@ def test_the_twin_forward_equals_two_plain_forwards_with_gradients(temporal, tok
     assert len(batch.prefix) > 0 and (batch.answers == IGNORE).any() and (batch.padding > 0).any()
     for forward, x in ((two_plain_forwards, examples), (twin_forward, batch)):
         if forward is twin_forward:
-            wrap_blocks(model.llama, SimpleNamespace(recompute=recompute, compile=False))
+            wrap_blocks(model.llama, recompute=recompute)
         f, f_0 = forward(model, x)
         assert f.shape == f_0.shape == (len(targets), model.llama.config.vocab_size)
         loss = temporal_aware_loss(f, targets) + counterfactual_loss(f, f_0, targets)
@@ -101,7 +101,7 @@ def test_recomputed_blocks_run_again_in_the_backward_pass(temporal, tokenizer):
         block.mlp.register_forward_pre_hook(lambda *inputs: calls.append(1))
     counts = []
     for recompute in (False, True):
-        wrap_blocks(model.llama, SimpleNamespace(recompute=recompute, compile=False))
+        wrap_blocks(model.llama, recompute=recompute)
         calls.clear()
         loss = cetrec_loss(model, batch_of(tokenizer, 3, 4), 0.1)[0]
         counts.append(len(calls))
@@ -125,7 +125,7 @@ def test_compiled_blocks_equal_the_others_and_share_their_graphs(temporal, token
         torch.manual_seed(1)
         model = temporal("rope")
         model.llama = Llama(replace(model.llama.config, num_hidden_layers=3))
-        wrap_blocks(model.llama, SimpleNamespace(recompute=False, compile=compiled))
+        wrap_blocks(model.llama, compiled=compiled)
         factors, losses = disturbed_factors(model.train(), dropout=0.2), []
         for lengths in ((3, 5, 4, 3, 4), (6, 6), (8, 8, 9)):
             loss = cetrec_loss(model, batch_of(tokenizer, *lengths), 0.3)
@@ -354,6 +354,49 @@ def test_a_gradient_that_is_not_finite_ends_tuning_and_names_the_sequences(tmp_p
     assert (tmp_path / "checkpoint.safetensors").is_file()
 
 
+def test_parts_that_do_not_fit_the_memory_are_halved_and_nothing_is_lost(temporal, tokenizer,
+                                                                         capsys):
+    """Parts of more than two rows fail, after a gradient of theirs was already there."""
+    batch, model = batch_of(tokenizer, 3, 4, 3, 5, 6), temporal("rope")
+    factors = disturbed_factors(model)
+    torch.autograd.backward(cetrec_loss(model, batch, 0.1)[0])
+    expected = [p.grad for p in factors]
+
+    def loss(model, part, lambda_ct):
+        losses = cetrec_loss(model, part, lambda_ct)
+        if len(part.tokens) > 2:
+            losses[0].backward(retain_graph=True)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return losses
+    losses, rows = batch_gradient(model, batch, 5, 0.1, loss)
+    assert rows == 2 and capsys.readouterr().out == (
+        "5 rows at a time do not fit the memory; trying 2 from now on\n")
+    for p, gradient in zip(factors, expected, strict=True):
+        close(p.grad, gradient, atol=1e-6, rtol=1e-5)
+    close(losses, torch.stack(cetrec_loss(model, batch, 0.1)).detach())
+
+    def too_large(model, part, lambda_ct):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(MemoryError, match="Tried to allocate 2 GiB"):
+        batch_gradient(model, batch, 5, 0.1, too_large)
+
+
+def test_rows_that_did_not_fit_once_are_not_tried_again(tmp_path, temporal, tokenizer, world_splits,
+                                                        capsys):
+    train_set, valid_set = (part.select(slice(0, 8)) for part in world_splits[:2])
+    model, sizes = temporal("rope"), []
+    add_lora(model)
+
+    def loss(model, part, lambda_ct):
+        if torch.is_grad_enabled():
+            sizes.append(len(part.tokens))
+            if len(part.tokens) > 2:
+                raise torch.OutOfMemoryError
+        return cetrec_loss(model, part, lambda_ct)
+    train(model, train_set, valid_set, tokenizer, tuning(2, batch_size=4), tmp_path, SETTINGS, loss)
+    assert sizes == [4, 2, 2, 2, 2] and capsys.readouterr().out.count("do not fit") == 1
+
+
 def test_a_validation_loss_that_is_not_finite_ends_tuning_with_advice(tmp_path, temporal, tokenizer,
                                                                       world_splits):
     """No step failed, but what they led to did. Its adapter is not the best."""
@@ -364,7 +407,7 @@ def test_a_validation_loss_that_is_not_finite_ends_tuning_with_advice(tmp_path, 
     def loss(model, batch, lambda_ct):
         losses = cetrec_loss(model, batch, lambda_ct)
         return losses if torch.is_grad_enabled() else [math.nan * losses[0]] * 3
-    with pytest.raises(ValueError, match="validation L_TA is nan after step 2: .* diverged. Try a"):
+    with pytest.raises(ValueError, match="scores are not finite: .* tune with a smaller --lr"):
         train(model, train_set, valid_set, tokenizer, tuning(9, batch_size=2), tmp_path, SETTINGS,
               loss)
     assert not (tmp_path / "adapter_model.safetensors").exists()

@@ -421,10 +421,15 @@ def test_transformers_loads_what_save_llama_writes(tmp_path, kind):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few answers of the Hub's interface that a download needs."""
+    """The few answers of the Hub's interface that a download needs, and faults that networks have.
+
+    faults: part of a path -> what happens where it is asked for, if GET or HEAD is in the key too.
+    """
 
     root: Path
     asked: list[tuple[str, str]]
+    faults: dict[str, str] = {}
+    over: threading.Event               # lets those go who wait for a silent server
     commit = "0123456789abcdef0123456789abcdef01234567"
 
     def do_HEAD(self):
@@ -436,6 +441,9 @@ class Hub(BaseHTTPRequestHandler):
     def reply(self):
         path = self.path.split("?")[0].removeprefix("/api/models")
         self.asked.append((self.command, path))
+        for place, fault in self.faults.items():
+            if place in f"{self.command} {path}":
+                return self.fail(fault, path)
         for error, code in (("GatedRepo", 403), ("RepoNotFound", 401)):
             if f"someone/{error}" in path:
                 return self.send(code, b"{}", {"X-Error-Code": error})
@@ -452,6 +460,21 @@ class Hub(BaseHTTPRequestHandler):
             return self.send(200, (folder / name).read_bytes(), {
                 "ETag": f'"{hash(name) % 2**64:040x}"', "X-Repo-Commit": self.commit})
         self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+
+    def fail(self, fault: str, path: str):
+        """Say nothing, stop in the middle, send a log-in page with or without the Hub's headers."""
+        if fault == "silent":
+            self.over.wait()
+        elif fault == "dropped":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"x" * 100)
+        elif fault.startswith("page"):
+            self.send(200, b"<!DOCTYPE html><title>Log in</title>", {
+                "ETag": '"page"', "X-Repo-Commit": self.commit} if "Hub's" in fault else {})
+        else:
+            self.send(int(fault), b"{}")
 
     def send(self, code: int, body: bytes, headers=()):
         self.send_response(code)
@@ -549,6 +572,78 @@ def test_what_the_hub_refuses_is_explained(hub):
     assert "neither a folder here nor a repository on the Hub" in lines[3]
     assert "not complete in the Hub's cache" in lines[5] and "unset HF_HUB_OFFLINE" in lines[5]
     assert not any("\n" in line for line in lines)
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A Hub that has someone/llama in one file; what is put into its faults happens."""
+    folder = tmp_path / "someone" / "llama"
+    folder.mkdir(parents=True)
+    (publish(folder) / "tokenizer.json").write_text("{}")
+    handler = type("Handler", (Hub,), {"root": tmp_path, "asked": [], "faults": {},
+                                         "over": threading.Event()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    monkeypatch.setattr("time.sleep", lambda seconds: None)         # between the library's tries
+    try:
+        with hub_library(HF_HOME=tmp_path / "cache", HF_HUB_DISABLE_XET=1, HF_HUB_ETAG_TIMEOUT=1,
+                         HF_HUB_DOWNLOAD_TIMEOUT=1,
+                         HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}"):
+            yield handler
+    finally:
+        handler.over.set()
+        server.shutdown()
+        server.server_close()
+
+
+LISTING, CONFIG, WEIGHTS = "GET /someone/llama/revision", "config.json", "model.safetensors"
+
+
+@pytest.mark.parametrize("place, fault, asked_for, reason", [
+    (LISTING, "silent", "the list of its files", "timed out"),
+    (LISTING, "dropped", "the list of its files", "peer closed connection|Expecting|Incomplete"),
+    (LISTING, "page", "the list of its files", "something else came, perhaps the page of a network"),
+    *((LISTING, code, "the list of its files", code) for code in ("401", "404", "500")),
+    (f"GET /someone/llama/resolve/main/{CONFIG}", "page", CONFIG, "should be of size 4"),
+    (CONFIG, "page", CONFIG, "does not seem to be"), (WEIGHTS, "401", WEIGHTS, "401"),
+    (WEIGHTS, "500", WEIGHTS, "500"), (f"/{WEIGHTS}", "404", WEIGHTS, "404")])
+def test_a_hub_out_of_reach_is_one_line_that_names_what_was_asked_for(served, place, fault,
+                                                                      asked_for, reason):
+    served.faults[place] = fault
+    line = found("someone/llama")
+    assert re.search(f"127.0.0.1:[0-9]+ was asked for {asked_for}: .*({reason})", line)
+    assert line.startswith("someone/llama: no folder here") and "\n" not in line
+
+
+def test_a_file_that_is_not_whole_is_fetched_again_and_the_others_are_not(served, tmp_path):
+    served.faults[f"GET /someone/llama/resolve/{Hub.commit}/{WEIGHTS}"] = "dropped"
+    assert f"was asked for {WEIGHTS}: " in found("someone/llama")
+    served.faults.clear()
+    served.asked.clear()
+    assert found("someone/llama") == check_checkpoint(tmp_path / "someone" / "llama")
+    assert [path.rpartition("/")[2] for command, path in served.asked
+            if command == "GET" and "/resolve/" in path] == [WEIGHTS]
+
+
+def test_a_log_in_page_in_the_place_of_a_file_does_not_stay_in_the_cache(served, tmp_path):
+    served.faults[CONFIG] = "page with the Hub's headers"
+    assert re.search(f"someone/llama: http.* was asked for {CONFIG}: something else came",
+                     found("someone/llama"))
+    served.faults.clear()
+    assert found("someone/llama") == check_checkpoint(tmp_path / "someone" / "llama")
+
+
+def test_what_the_cache_holds_is_taken_while_the_hub_is_silent(served, tmp_path, capsys):
+    assert found("someone/llama") == check_checkpoint(tmp_path / "someone" / "llama")
+    served.faults[""] = "silent"
+    assert found("someone/llama") == check_checkpoint(tmp_path / "someone" / "llama")
+    assert "taking those in the Hub's cache" in capsys.readouterr().out
+
+
+def test_a_repository_without_config_is_no_checkpoint(served, tmp_path):
+    (tmp_path / "someone" / "llama" / CONFIG).unlink()
+    assert found("someone/llama") == ("someone/llama: has no config.json, so it is not a checkpoint "
+                                      "folder")
 
 
 def test_a_folder_comes_before_a_repository_of_that_name(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("choose")
     with small_runs():
         assert cetrec.main(["--max-steps", "4", "--batch-size", "16", "--limit-train", "64",
-                            "--eval-sequences", "9", "--out", str(out)]) == 0
+                            "--eval-sequences", "12", "--out", str(out)]) == 0
         yield out / "synthetic-rope-1"
 
 
@@ -38,15 +38,15 @@ def test_lists_are_made_for_validation_and_valued_by_hand(folder, capsys):
     load_lora(llama, folder)
     model = TemporalLlama(llama, "rope").eval()
     catalogue = Catalogue(valid_set.titles, "movies", read_tokenizer(base))
-    valid_set = valid_set.sample(9, options.seed)
-    histories = [valid_set.history(i) for i in range(9)]
+    valid_set = valid_set.sample(12, options.seed)
+    histories = [valid_set.history(i) for i in range(12)]
     true_p, rows = world.true_distribution(histories), {}
     for name, change in (("as the run has it", {}),
                          ("--no-exclude-history", {"exclude_history": False}),
                          ("--ground-with tuned", {"ground_with": "tuned"})):
         lists = GroundedBeams(model, catalogue, replace(options.decoding(), **change))(histories)
-        rows[name] = list_values(lists.items, np.zeros(9), true_p).mean(axis=0)
-    assert "9 validation sequences, lists: beams" in text
+        rows[name] = list_values(lists.items, np.zeros(12), true_p).mean(axis=0)
+    assert "12 validation sequences, lists: beams" in text
     for name, values in rows.items():
         line = next(x for x in text.splitlines() if x.startswith(name))
         assert [float(x) for x in re.findall(r"(\S+) ± ", line)] == pytest.approx(values, abs=6e-5)

@@ -91,7 +91,7 @@ def test_ages_by_hand():
     assert timed.ages(0).tolist() == [3.0, 1.0, 0.0] and make_sequences(x).ages(0) is None
     assert timed.history(0).tolist() == make_sequences(x).history(0).tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="'time' wants data with times"):
-        make_sequences(replace(x, dated=False), index="time")
+        make_sequences(replace(x, day=0), index="time")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ def test_a_batch_holds_every_token_of_its_prompts_and_answers(tokenizer):
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 9])
 def test_parts_of_a_batch_are_its_rows_as_if_collated_by_themselves(tokenizer, rows):
     examples = [encode_example(tokenizer, HISTORY[:n], TITLES[n]) for n in (3, 6, 4, 1, 2)]
-    parts = collate(examples).split(rows)
-    for part, first in zip(parts, range(0, 5, rows), strict=True):
+    for first in range(0, 5, rows):
+        part = collate(examples).rows(slice(first, first + rows))
         alone = collate(examples[first:first + rows])
         for name, x in vars(part).items():
             assert torch.equal(x, getattr(alone, name)), name
@@ -450,6 +450,31 @@ def test_a_tokenizer_may_be_as_large_as_the_embedding_but_no_larger(tmp_path, to
     with pytest.raises(ValueError, match=f"token id {size - 1}, but the embedding has {size - 1}"):
         read_tokenizer(checkpoint_tokenizer(tmp_path, tokenizer.bpe, config={
             "eos_token_id": 1, "vocab_size": size - 1}))
+
+
+def test_a_pad_id_outside_the_embedding_is_not_taken(tmp_path, tokenizer):
+    size = tokenizer.bpe.get_vocab_size()
+    folder = checkpoint_tokenizer(tmp_path, tokenizer.bpe, config={
+        "eos_token_id": 1, "vocab_size": size, "pad_token_id": size})
+    assert read_tokenizer(folder).pad_id == 1
+
+
+@pytest.mark.parametrize("single, ids, config, message", [
+    ([BOS, "$A", EOS], {BOS: 0, EOS: 1}, {"eos_token_id": 1}, "it turns 'a' into .*'a', '<.end of"),
+    (["$A", EOS], {EOS: 1}, {}, "nothing after it, where the answer goes; EOS is added to"),
+    ([EOS], {EOS: 1}, {"eos_token_id": 1}, "it turns 'a' into "),
+    (["$A", "<e>"], {"<e>": 99_999}, {"eos_token_id": 1}, "it turns 'a' into ..a., .<e>.*answers"),
+    (["<s>", "$A"], {"<s>": 99_999}, {"eos_token_id": 1},
+     "token id 99999 before every text .post_processor., but the embedding has 1000 rows")])
+def test_what_a_post_processor_adds_stands_before_the_text_and_is_in_the_embedding(
+        tmp_path, tokenizer, single, ids, config, message):
+    """Also where no EOS is named: who is told to name one trains a second one."""
+    bpe = tokenizers.Tokenizer.from_str(tokenizer.bpe.to_str())
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single=single, special_tokens=list(ids.items()))
+    folder = checkpoint_tokenizer(tmp_path, bpe, config=config | {"vocab_size": 1_000})
+    with pytest.raises(ValueError, match=f"tokenizer.json: .*{message}"):
+        read_tokenizer(folder)
 
 
 def test_damaged_tokenizer_files_are_one_clear_error(tmp_path, tokenizer):

@@ -1,5 +1,6 @@
 """The whole path on a few steps, and every error that a user can cause from the command line."""
 
+import csv
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from cetrec import TemporalLlama, main
 from data import build_prompt
 from evaluate import METRICS, beam_search
 from experiments import report
-from llama import load_llama
+from llama import load_llama, save_llama
 from support.checkpoints import read_tokenizer
 from support.processes import my_parts
 from support.progress import log_step
@@ -101,7 +102,7 @@ def test_the_main_path_depends_on_the_seed_only(finished, tmp_path, capsys):
         "python", "torch", "numpy", "tokenizers", "safetensors", "device", "processes"}
     assert sorted(path.name for path in run.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "catalogue.json",
-        "evaluation.safetensors", "log.jsonl", "run.json", "temporal.json"]
+        "evaluation.safetensors", "log.jsonl", "recommendations.csv", "run.json", "temporal.json"]
     settings = read_json(run / "temporal.json")
     assert settings.pop("sha256") and settings == record["settings"]
     catalogue = read_json(run / "catalogue.json")
@@ -155,7 +156,8 @@ def test_eval_only_repeats_the_numbers_and_leaves_the_runs_own_files_untouched(c
     before, run = contents(copied), read_json(copied / "run.json")
     assert main(["--eval-only", str(copied)]) == 0
     after, again = contents(copied), read_json(copied / "eval.json")
-    assert after.keys() - before.keys() == {"eval.json", "eval-evaluation.safetensors"}
+    assert after.keys() - before.keys() == {"eval.json", "eval-evaluation.safetensors",
+                                            "eval-recommendations.csv"}
     assert {name: after[name] for name in before} == before
     assert after["eval-evaluation.safetensors"] == before["evaluation.safetensors"]
     for part in ("protocol", "rows", "effect", "arrays", "options", "counts", "settings"):
@@ -170,7 +172,6 @@ def test_eval_only_repeats_the_numbers_and_leaves_the_runs_own_files_untouched(c
 
 def test_a_kill_between_the_two_files_of_an_evaluation_leaves_the_run_readable(copied, monkeypatch):
     """The run's own evaluation counts until the new one is whole."""
-    assert main(["--eval-only", str(copied), "--lists", "titles"]) == 0
     own = read_json(copied / "run.json")["rows"]
 
     def killed(path, value):
@@ -181,6 +182,39 @@ def test_a_kill_between_the_two_files_of_an_evaluation_leaves_the_run_readable(c
             main(["--eval-only", str(copied)])
     run = report.Run.from_folder(copied)
     assert run.source == "run.json" and run.record["rows"] == own
+
+
+def test_recommendations_have_the_lists_of_the_best_kind_by_the_callers_own_ids(tmp_path, capsys):
+    """Ids of users and items that are no numbers, and a title with a comma and a quote."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    titles = {f"B{i}": f'Song {i}, the "{i}"' for i in range(20)}
+    with (mine / "items.csv").open("w") as file:
+        csv.writer(file).writerows([("item", "title"), *titles.items()])
+    rows = {(f"u-{u}", t): f"B{(3 * u + 7 * t) % 20}" for u in range(12) for t in range(9)}
+    (mine / "interactions.csv").write_text("user,item,timestamp\n" + "".join(
+        f"{user},{item},{1_600_000_000 + 100 * t + int(user[2:])}\n"
+        for (user, t), item in rows.items()))
+    assert main(["--data", str(mine), "--max-steps", "1", "--out", str(tmp_path)]) == 0
+    run = tmp_path / "mine-rope-1"
+    with (run / "recommendations.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    record, arrays = read_json(run / "run.json"), load_file(run / "evaluation.safetensors")
+    assert record["best"] in ("10 beams on titles", "5 beams, grounded")
+    catalogue = read_json(run / "catalogue.json")["titles"]
+    lists = arrays[f"lists/{record['best']}/original"]
+    assert [row["title"] for row in found] == [catalogue[i] for i in lists[lists >= 0].tolist()]
+    assert [row["answer_title"] for row in found if row["rank"] == "1"] == [
+        catalogue[i] for i in arrays["target"].tolist()]
+    for row in found:
+        assert titles[row["item"]] == row["title"]
+        assert titles[row["answer"]] == row["answer_title"]
+        history = [item for (user, t), item in rows.items() if user == row["user"]]
+        assert row["answer"] in history[3:]
+    latest = {user: rows[user, 8] for user in {row["user"] for row in found}}
+    assert {(row["user"], row["answer"]) for row in found} >= set(latest.items())
+    scored = record["best"] == "10 beams on titles"
+    assert all((float(row["score"]) < 0) if scored else row["score"] == "" for row in found)
 
 
 def test_what_a_run_cannot_do_is_refused_before_it_has_a_folder(tmp_path, capsys, monkeypatch):
@@ -332,7 +366,7 @@ def test_flags_reach_the_run(tmp_path, capsys, flags, expected, monkeypatch):
     def parts(batch, size):
         rows.append(size)
         return my_parts(batch, size)
-    monkeypatch.setattr("support.runs.checkpoint", recompute)
+    monkeypatch.setattr("support.machine.checkpoint", recompute)
     monkeypatch.setattr("support.processes.my_parts", parts)
     monkeypatch.setattr(torch, "compile", compile_block)
     monkeypatch.setenv("CXX", sys.executable)           # a compiler need not be here
@@ -367,11 +401,31 @@ def test_a_checkpoint_folder_serves_as_model_and_movielens_as_data(finished, tmp
     run, text = tmp_path / "movielens-rope-1", capsys.readouterr().out
     record = read_json(run / "run.json")
     assert read_json(run / "temporal.json")["index"] == "time"
-    assert record["steps"] == ["5-core: 108 interactions, 12 users, 20 items"]
+    assert record["steps"] == ["108 interactions, 12 users, 20 items",
+                               "5-core: 108 interactions, 12 users, 20 items"]
     assert set(record["checksums"]) == {"ratings.dat", "movies.dat"}
     assert "192,483 sequences" in text and ", 20 candidates, history excluded\n" in text
     assert "best, order-aware" not in text      # the true distribution of these data is unknown
     assert read_json(run / "adapter_config.json")["base_model_name_or_path"] == str(base)
+
+
+def test_a_base_whose_activations_overflow_in_float16_is_evaluated_in_float32_only(
+        finished, tmp_path, capsys):
+    """What leaves its MLPs is above 65,504. The norms hide that in float32."""
+    base = load_llama(next(finished.parent.glob("tiny-*")))
+    for block in base.layers:
+        block.mlp.up_proj.weight.data *= 1e7
+    shutil.copytree(next(finished.parent.glob("tiny-*")), tmp_path / "base")
+    save_llama(base, tmp_path / "base")
+    flags = [*ONE_STEP, "--model", str(tmp_path / "base"), "--out", str(tmp_path)]
+    assert main(flags) == 0
+    run = str(tmp_path / "synthetic-rope-1")
+    for lists in ("beams", "titles", "exact"):
+        assert main(["--eval-only", run, "--lists", lists, "--dtype", "float16"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: the model's scores are not finite") and "float32" in error
+    assert main([*flags, "--dtype", "float16"]) == 2                # nor does it tune in it
+    assert "or --dtype bfloat16 where it is float16" in capsys.readouterr().err
 
 
 def test_a_run_on_ones_own_folder_is_written_below_out(tmp_path, capsys):
@@ -387,6 +441,14 @@ def test_a_run_on_ones_own_folder_is_written_below_out(tmp_path, capsys):
     assert f"\nwritten {run}" in capsys.readouterr().out
     assert read_json(run / "catalogue.json")["domain"] == "artists"
     assert main(["--eval-only", str(run)]) == 0
+    moved = mine.rename(tmp_path / "moved")
+    assert main(["--eval-only", str(run)]) == 2
+    assert f"{mine}: no such folder" in capsys.readouterr().err
+    assert main(["--eval-only", str(run), "--data", str(moved)]) == 0
+    with open(moved / "items.csv", "a") as file:
+        file.write("20,Song 20\n")
+    assert main(["--eval-only", str(run), "--data", str(moved)]) == 2
+    assert "checksums of the run, {'items.csv': " in capsys.readouterr().err
 
 
 def test_the_tiny_base_is_an_ordinary_checkpoint_for_transformers(finished):
@@ -437,7 +499,7 @@ def no_network(*args, **kwargs):
     (["--resume", "x", "--beams", "3"], "does not go with --beams")])
 def test_each_user_error_is_one_line_and_status_2(tmp_path, capsys, flags, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    monkeypatch.setattr("support.datasets.urlopen", no_network)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if available.get(flags[-1]):
         pytest.skip("this machine has one")

@@ -447,7 +447,10 @@ def test_a_hundred_thousand_titles_are_ranked_in_bounded_pieces(monkeypatch):
         return (a[:, None] - b[None]).norm(dim=-1)
     monkeypatch.setattr(torch, "cdist", counted)
     table[99_999] = table[5]
+    join, kept = torch.cat, []
+    monkeypatch.setattr(torch, "cat", lambda parts: kept.extend(parts) or join(parts))
     found = nearest(table[[5] * 100 + [7]], table, 3)
+    assert sum(part.untyped_storage().nbytes() for part in kept) == 101 * 3 * 8
     assert found[0, :2].tolist() == [5, 99_999] and found[100, 0] == 7
     assert len(sizes) == 2 and max(sizes) <= 2**23
 
@@ -521,18 +524,38 @@ def test_a_list_is_worth_the_expectation_where_the_true_distribution_is_known():
 
 
 def test_standard_errors_by_hand():
-    mean, error = summarise(ranked(0, 99, 99, 0))["HR@5"]
-    assert mean == 0.5 and error == pytest.approx(math.sqrt(4 * 0.25 / 3) / 2)
+    mean, error = summarise(ranked(*[0, 99] * 10))["HR@5"]
+    assert mean == 0.5 and error == pytest.approx(math.sqrt(20 * 0.25 / 19) / math.sqrt(20))
+
+
+@pytest.mark.parametrize("hits", [0, 1, 9, 10])
+def test_ten_hits_have_a_standard_error_and_a_change_and_fewer_have_none(hits):
+    """Of 1,000 lists, whose answers are at rank 6 or absent: NDCG@10 counts the same hits."""
+    few, many = ranked(*[6] * hits, *[99] * (1_000 - hits)), ranked(*[6] * 500, *[99] * 500)
+    for metric in ("HR@10", "NDCG@10"):
+        mean, error = summarise(few)[metric]
+        assert mean == pytest.approx(few[:, 2 + ("N" in metric)].mean())
+        assert math.isnan(error) == (hits < 10)
+        assert np.isnan(relative_change(few, many)[metric]).all() == (hits < 10)
+        change, error = relative_change(many, few)[metric]      # tells much, but not how exactly
+        assert change == pytest.approx(100 * (hits / 500 - 1)) and math.isnan(error) == (hits < 10)
+    assert np.isnan(relative_change(many, many)["HR@5"]).all()
+
+
+def test_an_expectation_is_a_hit_of_its_sequence():
+    """Where the law values lists, each list is worth something, and ten lists are enough."""
+    values = np.full((10, 4), 1e-3)
+    assert summarise(values)["HR@5"] == pytest.approx((1e-3, 0))
+    assert math.isnan(summarise(values[:9])["HR@5"][1])
 
 
 def test_change_under_reversal_is_paired_and_in_per_cent():
-    before, after = ranked(0, 0, 0, 99), ranked(0, 99, 99, 99)
+    before, after = ranked(*[0, 0, 0, 99] * 10), ranked(*[0, 99, 99, 99] * 10)
     change, error = relative_change(before, after)["HR@5"]
     assert change == pytest.approx(-200 / 3)
-    # The residuals after - before / 3 are 2/3, -1/3, -1/3 and 0, whose variance is 2/9.
-    assert error == pytest.approx(100 * math.sqrt(2 / 9 / 4) / 0.75)
+    # The residuals after - before / 3 are 2/3, -1/3, -1/3 and 0, whose squares sum to 2/3.
+    assert error == pytest.approx(100 * math.sqrt(10 * 2 / 3 / 39 / 40) / 0.75)
     assert relative_change(before, before)["HR@5"] == (0.0, 0.0)
-    assert math.isnan(relative_change(ranked(99, 99), ranked(0, 0))["HR@5"][0])
 
 
 def test_the_standard_error_of_a_change_matches_resampling():
@@ -547,7 +570,7 @@ def test_the_standard_error_of_a_change_matches_resampling():
 
 def test_evaluation_reads_histories_forward_backward_and_shuffled():
     world = SyntheticWorld(items=26)
-    test = split_by_time(make_sequences(world.interactions(40)))[2]
+    test = split_by_time(make_sequences(world.interactions(200)))[2]
     seen = []
 
     def pretend(histories, ages=None, progress=""):
@@ -596,7 +619,7 @@ def test_recommenders_get_the_ages_of_items_where_k_is_read_off_the_clock():
 
 
 def test_the_table_has_a_line_per_row_and_a_column_per_metric():
-    values = summarise(ranked(0, 3, 7, 99))
+    values = summarise(ranked(*[0, 3, 7, 99] * 10))
     change = dict.fromkeys(METRICS, (-33.25, 2.5))
     rows = {}
     for name in ("5 beams, grounded", "10 beams on titles", "all titles scored"):
@@ -612,6 +635,6 @@ def test_the_table_has_a_line_per_row_and_a_column_per_metric():
     first = ["5 beams, grounded", "  reversed", "  change, reversed", "  shuffled",
              "  change, shuffled", "10 beams on titles"]
     for line, name in zip(lines, first):
-        cell = "-33.2 ± 2.5 %" if "change" in name else "0.5000 ± 0.2887"
+        cell = "-33.2 ± 2.5 %" if "change" in name else "0.5000 ± 0.0801"
         assert line.startswith(f"{name}  ") and line[len(name):].split("  ")[0] == ""
         assert line[len(name):].strip().startswith(cell)

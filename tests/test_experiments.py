@@ -25,18 +25,18 @@ import torch
 from conftest import TITLES
 
 import cetrec
-import data
 from cetrec import TemporalLlama, cetrec_loss, erase_order, twin_forward
 from data import (IGNORE, NO_ITEM, Catalogue, Tokenizer, collate, encode_example, make_sequences,
                   split_by_time)
 from evaluate import METRICS, Lists
-from experiments import benchmark, explain, figures, recommend, report
+from experiments import explain, figures, recommend, report
 from experiments.explain import explanation
-from experiments.markup import score_table
-from experiments.report import Run, agreement, compare, describe, paired_bootstrap, read_runs
-from experiments.titles import resolve_titles, side_by_side
+from experiments.markup import as_html, as_text, h, scores, table
+from experiments.report import (Run, agreement, compare, describe, differing, on_common, paired,
+                                paired_bootstrap, read_runs)
+from experiments.recommend import side_by_side
 from llama import load_llama
-from lora import LoraConfig, LoraLinear, load_lora
+from lora import load_lora
 from support.counting import format_table
 from support.checkpoints import read_tokenizer
 from support.synthetic import SyntheticWorld
@@ -65,8 +65,8 @@ def runs(tmp_path_factory, small_and_quick) -> Path:
     """A folder with a tiny base, which knows its titles, and four runs.
 
     "more" and "few" are the adapter of synthetic-rope-1, evaluated again on 60 and on 3 sequences
-    instead of 40, "more" with every title scored; "sets" is a run in a world where order means
-    nothing.
+    instead of 40, "more" with every title scored; "few" has no other evaluation. "sets" is a run in
+    a world where order means nothing.
     """
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
@@ -79,6 +79,9 @@ def runs(tmp_path_factory, small_and_quick) -> Path:
             shutil.copytree(root / "synthetic-rope-1", root / name)
             assert cetrec.main(["--eval-only", str(root / name), "--eval-sequences", sequences,
                                 "--lists", lists]) == 0
+        for name in ("run.json", "evaluation.safetensors"):
+            source = {"run.json": "eval.json"}.get(name, f"eval-{name}")
+            (root / "few" / source).rename(root / "few" / name)
         assert cetrec.main([*QUICK, "--order-strength", "0", "--model",
                             str(next(root.glob("tiny-*"))), "--max-steps", "1", "--lora-rank", "2",
                             "--lists", "beams", "--out", str(root)]) == 0
@@ -407,8 +410,7 @@ def test_the_history_is_left_out_unless_it_shall_be_kept(run_folder, tuned, test
     (explain, ["RUN", "-1"], "test sequence -1; wanted a number from 0 to 39"),
     (explain, ["BASE", "7"], "run.json: not found; experiments.explain wants the folder of a run"),
     (recommend, ["BASE", CANYON],
-     "run.json: not found; experiments.recommend wants the folder of a run"),
-    (recommend, ["RUN", *[CANYON] * 11], "11 titles; wanted 1 to 10, the newest last"),
+     "run.json: not found; a recommender wants the folder of a run"),
     (recommend, ["RUN", "Dusty"], "'Dusty': which one? Dusty Canyon; Dusty Canyon 2; "),
     (recommend, ["RUN", CANYON, "xyzzy"], "'xyzzy': no title like it among the 300"),
     (recommend, ["RUN", CANYON, "--model", "nowhere"], "nowhere: not found, but the run was tuned"),
@@ -458,107 +460,9 @@ def test_an_interrupt_while_looking_is_status_130_without_a_traceback(run_folder
                                                                       argument, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
-    monkeypatch.setattr(command, "ExactTitles", interrupted)
+    monkeypatch.setattr("support.trie.catalogue_log_likelihood", interrupted)
     assert command.main([str(run_folder), argument]) == 130
     assert capsys.readouterr().err == "interrupted; files already written are whole\n"
-
-
-# ----------------------------------------------------------------------------------------------
-# The benchmark's step without one of its ideas
-
-SMALL = replace(benchmark.shape("tiny", 300), hidden_size=32, intermediate_size=48,
-                num_hidden_layers=2, head_dim=8)
-
-
-@pytest.mark.parametrize("idea", [*benchmark.IDEAS, "all of them"])
-def test_a_step_without_an_idea_has_the_same_loss(idea, monkeypatch):
-    """The second loss depends on the first gradient, within what dropout of the factors does."""
-    step = benchmark.ours_tuning(SMALL, 6, "cpu", torch.float32, items=3)
-    losses = step(), step()
-    replaced = [(cetrec, "answer_logits"), (cetrec, "twin_forward"), (data, "common_prefix"),
-                (LoraLinear, "forward")]
-    before = [getattr(owner, name) for owner, name in replaced]
-    for (owner, name), function in zip(replaced, before):
-        monkeypatch.setattr(owner, name, function)              # and back at the end
-    step = benchmark.ours_tuning(SMALL, 6, "cpu", torch.float32, idea, items=3)
-    assert step() == pytest.approx(losses[0], rel=1e-6)
-    assert step() == pytest.approx(losses[1], rel=1e-4)
-    left_out = [name for (owner, name), function in zip(replaced, before)
-                if getattr(owner, name) is not function]
-    assert left_out == {"logits at answers only": ["answer_logits"],
-                        "last block at answers only": ["answer_logits"],
-                        "common prefix once": ["common_prefix"],
-                        "both worlds in one pass": ["twin_forward"],
-                        "LoRA added in place": ["forward"],
-                        "all of them": [name for _, name in replaced]}.get(idea, [])
-
-
-def test_lora_added_apart_is_lora_added_in_place():
-    linear = LoraLinear(torch.nn.Linear(6, 5, bias=False), LoraConfig(rank=2, dropout=0.0))
-    torch.nn.init.normal_(linear.B)
-    x = torch.randn(3, 4, 6)
-    torch.testing.assert_close(benchmark.lora_added_apart(linear, x), linear(x))
-
-
-# ----------------------------------------------------------------------------------------------
-# Titles typed by hand
-
-CATALOGUE = ["Matrix, The (1999)", "Matrix Reloaded, The (2003)", "Heat (1995)", "Amélie (2001)",
-             "American in Paris, An (1951)", "Postino, Il (1994)", "Toy Story (1995)",
-             "Toy Story 2 (1999)", "Dusty Canyon", "Dusty Canyon 2", "Hamlet (1990)",
-             "Hamlet (1996)", "Return of the Jedi (1983)"]
-
-
-@pytest.mark.parametrize("typed, title", [
-    ("Heat (1995)", "Heat (1995)"), ("heat (1995)", "Heat (1995)"), ("HEAT", "Heat (1995)"),
-    (" heat ", "Heat (1995)"), ("The Matrix", "Matrix, The (1999)"),
-    ("matrix, the", "Matrix, The (1999)"), ("the matrix reloaded", "Matrix Reloaded, The (2003)"),
-    ("An American in Paris", "American in Paris, An (1951)"), ("il postino", "Postino, Il (1994)"),
-    ("amelie", "Amélie (2001)"), ("toy stroy", "Toy Story (1995)"),
-    ("toy story", "Toy Story (1995)"), ("toy story 2", "Toy Story 2 (1999)"),
-    ("Hamlet (1996)", "Hamlet (1996)"), ("dusty canyn", "Dusty Canyon"),
-    ("dusty canyn 2", "Dusty Canyon 2"), ("jedi", "Return of the Jedi (1983)"),
-])
-def test_titles_typed_by_hand_find_their_item(typed, title, capsys):
-    assert [CATALOGUE[item] for item in resolve_titles([typed], CATALOGUE)] == [title]
-    said = capsys.readouterr().out
-    assert said == ("" if typed == title else f"{typed!r} taken for {title}\n")
-
-
-def test_titles_keep_their_order():
-    assert resolve_titles(["heat", "the matrix", "dusty canyon 2"], CATALOGUE) == [2, 0, 9]
-
-
-def test_a_title_may_repeat():
-    assert resolve_titles(["Dusty Canyon", "Heat", "Dusty Canyon"], CATALOGUE) == [8, 2, 8]
-
-
-def test_a_title_as_it_stands_is_never_ambiguous():
-    assert resolve_titles(["Heat"], ["Heat (1995)", "Heat"]) == [1]
-    assert resolve_titles(["HEAT"], ["Heat", "HEAT"]) == [1]
-
-
-def test_an_article_in_front_goes_with_a_year():
-    assert resolve_titles(["The Matrix (1999)"], CATALOGUE) == [0]
-
-
-@pytest.mark.parametrize("typed, message", [
-    ("hamlet", "'hamlet': which one? Hamlet (1990); Hamlet (1996)"),
-    ("hamlt", "'hamlt': which one? Hamlet (1990); Hamlet (1996)"),
-    ("canyon", "'canyon': which one? Dusty Canyon; Dusty Canyon 2"),
-    ("e", "'e': which one? Matrix, The (1999); "), ("", "'': which one? "),
-    ("qqqq", "'qqqq': no title like it among the 13 of the catalogue"),
-])
-def test_ambiguous_titles_are_listed_and_unknown_ones_named(typed, message):
-    with pytest.raises(ValueError) as error:
-        resolve_titles(["Heat", typed], CATALOGUE)
-    assert str(error.value).startswith(message)
-    assert str(error.value).count(";") <= 8
-
-
-def test_eight_of_many_candidates_are_listed():
-    with pytest.raises(ValueError, match=r"which one\? Book 0 of a life; .* 7 of a life; \.\.\.$"):
-        resolve_titles(["life"], [f"Book {i} of a life" for i in range(12)])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -571,7 +475,7 @@ def worth(ranks) -> np.ndarray:
 
 
 def test_paired_differences_by_hand():
-    found = paired_bootstrap(worth([0, 7, 20]), worth([4, 3, 9]))
+    found = paired_bootstrap(worth([0, 7, 20] * 10), worth([4, 3, 9] * 10))
     gains = {"HR@5": 1 / 3, "HR@10": 1 / 3,
              "NDCG@5": (1 / math.log2(6) + 1 / math.log2(5) - 1) / 3,
              "NDCG@10": (1 / math.log2(6) + 1 / math.log2(5) + 1 / math.log2(11)
@@ -598,6 +502,15 @@ def test_intervals_are_those_of_paired_differences():
         assert (high + low) / 2 == pytest.approx(difference, abs=0.15 * half)
 
 
+def test_an_interval_from_fewer_than_ten_hits_is_a_dash():
+    one, other = worth([0] * 4 + [99] * 996), worth([99] * 4 + [0] * 5 + [7] + [99] * 990)
+    for name, (difference, low, high) in paired_bootstrap(one, other, 100).items():
+        assert math.isnan(low) == math.isnan(high) == name.endswith("@5") and difference != 0
+    assert [(name, interval == "–") for name, _, interval in paired(one, other)] == [
+        (name, name.endswith("@5")) for name in METRICS]
+    assert dict(zip(METRICS, paired(one, other)))["HR@5"][1] == "+0.0010"
+
+
 def test_equal_runs_differ_by_nothing_and_the_bootstrap_is_seeded():
     rng = np.random.default_rng(6)
     one, other = (worth(ranks) for ranks in rng.integers(0, 15, (2, 100)))
@@ -609,10 +522,10 @@ def test_equal_runs_differ_by_nothing_and_the_bootstrap_is_seeded():
         v[0] for v in paired_bootstrap(one, other, 200).values()]
 
 
-def test_a_run_is_read_with_its_latest_evaluation(runs, run_folder, tmp_path):
+def test_a_run_is_read_with_the_evaluation_of_most_sequences(runs, run_folder):
     run, more = Run.from_folder(run_folder), Run.from_folder(str(runs / "more"))
-    assert (run.name, run.source) == ("synthetic-rope-1", "run.json")
-    assert (more.name, more.source) == ("more", "eval.json")
+    assert (run.name, run.source, run.others) == ("synthetic-rope-1", "run.json", {})
+    assert (more.name, more.source, list(more.others)) == ("more", "eval.json", ["run.json"])
     for one, length in ((run, 40), (more, 60)):
         folder = runs / one.name
         assert one.record == json.loads((folder / one.source).read_text())
@@ -624,10 +537,73 @@ def test_a_run_is_read_with_its_latest_evaluation(runs, run_folder, tmp_path):
                 assert one.arrays[f"values/{name}/{order}"].mean(axis=0) == pytest.approx(means)
     assert len(run.titles) == 300 and run.options["lambda_ct"] == 0.1
     assert [line["step"] for line in run.log] == [1, 2, 3, 3] and run.log == more.log
+
+
+def change(path: Path, **changes) -> None:
+    """Write these parts of a record anew; None takes one away."""
+    record = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: x for key, x in record.items() if x is not None}))
+
+
+EARLY, LATE = "2020-01-01T00:00:00Z", "2099-12-31T23:59:59Z"
+
+
+@pytest.mark.parametrize("own, again, source", [
+    ({}, {}, "eval.json"),                                      # more sequences, and later
+    ({}, {"evaluated": EARLY}, "run.json"),                     # of factors before tuning ended
+    ({}, {"counts": {"test": 39}}, "run.json"),                 # fewer sequences, though later
+    ({}, {"counts": {"test": 40}}, "eval.json"),                # as many, and later
+    ({"evaluated": LATE}, {"evaluated": LATE}, "eval.json"),
+    ({"rows": None, "evaluated": None}, {"evaluated": EARLY}, "eval.json"),     # half-tuned
+    ({"evaluated": None}, {"evaluated": None}, "eval.json"),    # records of an earlier version
+    ({"evaluated": None}, {"evaluated": None, "counts": {"test": 3}}, "run.json"),
+    ({}, {"evaluated": None}, "run.json")])
+def test_what_is_recorded_says_which_evaluation_counts(runs, tmp_path, own, again, source):
+    """Not the times of the files, which are those of a copy."""
+    for first, second in (("run.json", "eval.json"), ("eval.json", "run.json")):
+        folder = shutil.copytree(runs / "more", tmp_path / first)
+        change(folder / "run.json", **own)
+        change(folder / "eval.json", **again)
+        os.utime(folder / first, (1, 1))
+        os.utime(folder / second, (2e9, 2e9))
+        run = Run.from_folder(folder)
+        assert run.source == source and len(run.others) == 1 - ("rows" in own)
+        early = ("evaluated" in again and "evaluated" not in own)
+        assert ("\nbefore the end of tuning: eval.json, " in describe(run)) == early
+        assert run.record == json.loads((folder / source).read_text())
+
+
+def test_of_evaluations_of_one_size_the_last_counts(runs, tmp_path):
+    for later in ("eval-2", "eval"):
+        folder = shutil.copytree(runs / "more", tmp_path / later)
+        for name in ("eval-evaluation.safetensors", "eval.json"):
+            shutil.copy(folder / name, folder / name.replace("eval", "eval-2", 1))
+        change(folder / f"{later}.json", evaluated=LATE)
+        assert Run.from_folder(folder).source == f"{later}.json"
+
+
+def test_a_later_evaluation_of_few_sequences_replaces_no_other(runs, tmp_path, capsys):
+    """In files: the second --eval-only leaves eval.json of the first as it is."""
     folder = shutil.copytree(runs / "more", tmp_path / "more")
-    late = (folder / "eval.json").stat().st_mtime + 1
-    os.utime(folder / "run.json", (late, late))         # as if it had been evaluated half-tuned
-    assert Run.from_folder(folder).record == run.record
+    shutil.copytree(next(runs.glob("tiny-*")), tmp_path / next(runs.glob("tiny-*")).name)
+    (folder / "eval-notes.json").write_text("of the user's own")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for number in (2, 3):
+        assert cetrec.main(["--eval-only", str(folder), "--eval-sequences", "5"]) == 0
+        assert json.loads((folder / f"eval-{number}.json").read_text())["protocol"].startswith("5 ")
+        assert (folder / f"eval-{number}-evaluation.safetensors").is_file()
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    capsys.readouterr()
+    assert report.main([str(folder)]) == 0
+    text, page = capsys.readouterr().out, Page(folder / "report.html")
+    assert re.search(r"^eval.json, \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ: 60 test seq", text, re.M)
+    others = re.findall(r"^another evaluation: (\S+), \S+: (\d+) test sequences", text, re.M)
+    assert others[0] == ("run.json", "40")
+    assert sorted(others[1:]) == [("eval-2.json", "5"), ("eval-3.json", "5")]
+    assert re.findall(r"^another evaluation: (\S+),", "\n".join(page.text["h3"]), re.M) == [
+        source for source, _ in others]
+    own = json.loads((folder / "run.json").read_text())["rows"]["popularity"]["HR@5"][0]
+    assert f"{own:.4f}" in " ".join(page.text["td"])        # its table is on the page
 
 
 def test_kinds_of_lists_are_named_by_the_flag_whatever_their_rows_are_called(runs, run_folder):
@@ -637,6 +613,10 @@ def test_kinds_of_lists_are_named_by_the_flag_whatever_their_rows_are_called(run
     assert wide == [2, 0]                               # only free text may fail to be a title
     assert more.arrays[f"valid/{more.kinds['exact']}/original"].shape[1] == 0
     assert run.kinds["beams"] == more.kinds["beams"]
+    again = replace(more, record=more.record | {"rows": dict(sorted(more.record["rows"].items()))})
+    assert again.kinds == more.kinds                    # whatever the order of the rows
+    scored = replace(run, arrays={"values/all items scored/original": np.zeros((3, 4))})
+    assert scored.kinds == dict.fromkeys(["beams", "titles"], "all items scored")
 
 
 ANEW = "python cetrec.py --eval-only"
@@ -644,7 +624,7 @@ ANEW = "python cetrec.py --eval-only"
 
 @pytest.mark.parametrize("name, content, kind, advice", [
     ("run.json", None, FileNotFoundError, "wanted the folder of a run"),
-    ("catalogue.json", None, FileNotFoundError, ANEW),
+    ("catalogue.json", None, FileNotFoundError, "copy it from"),
     ("evaluation.safetensors", None, FileNotFoundError, ANEW),
     ("eval.json", b"{", ValueError, ANEW),
     ("eval.json", b'{"rows": {}, "options": {}}', ValueError, ANEW),
@@ -652,11 +632,16 @@ ANEW = "python cetrec.py --eval-only"
     ("run.json", b'{"options": {}}', ValueError, "damaged"),
     ("run.json", b"\xff\xfe", ValueError, "damaged"),
     ("run.json", "no rows", ValueError, "not complete; python cetrec.py --resume"),
-    ("catalogue.json", b'"titles"', ValueError, ANEW), ("catalogue.json", b"{}", ValueError, ANEW),
+    ("catalogue.json", b'"titles"', ValueError, "copy it from"),
+    ("catalogue.json", b"{}", ValueError, "copy it from"),
+    ("catalogue.json", b'{"domain": "movies", "titles": {"Heat": 1}}', ValueError, "copy it from"),
     ("log.jsonl", b'{"step": 1}\n{"st', ValueError, "a report without curves"),
     ("log.jsonl", b"3\n", ValueError, "a report without curves"),
     ("evaluation.safetensors", b"not\nthis", ValueError, ANEW),
     ("evaluation.safetensors", "half", ValueError, ANEW),
+    ("eval-2.json", b"[]", ValueError, "delete it, and python cetrec.py --eval-only"),
+    ("log.jsonl", b'{"step": 1, "loss_ta": "x", "loss_ct": null}\n', ValueError, "other values"),
+    ("log.jsonl", b'{"loss_ta": 1.0}\n', ValueError, "'step' is missing"),
 ])
 def test_a_missing_or_damaged_file_of_a_run_is_named_in_one_line(run_folder, tmp_path, capsys, name,
                                                                  content, kind, advice):
@@ -684,6 +669,83 @@ def test_arrays_of_another_evaluation_are_refused(runs, run_folder, tmp_path):
         Run.from_folder(folder)
 
 
+def test_a_catalogue_of_another_length_and_lists_without_options_or_rows_are_refused(run_folder,
+                                                                                     tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    for options, gone in ({"lists": ["titles"]}, "nothing"), ({}, "10 beams on titles"), (
+            {}, "2 beams, grounded | change, reversed"):
+        change(folder / "run.json", options=record["options"] | options, rows={
+            name: scores for name, scores in record["rows"].items() if name != gone})
+        with pytest.raises(ValueError, match="run.json: damaged; its options or its rows are with"):
+            Run.from_folder(folder)
+    change(folder / "run.json", **record)
+    catalogue = json.loads((folder / "catalogue.json").read_text())
+    change(folder / "catalogue.json", titles=catalogue["titles"][1:])
+    with pytest.raises(ValueError, match="evaluation.safetensors: .* the 299 items in catalogue"):
+        Run.from_folder(folder)
+
+
+SHOWN_ANYWAY = ["<script>x</script>", "<img src=x onerror=x>", 'x" onerror="x', "a\nb", "\x1b[2J|"]
+
+
+@pytest.mark.parametrize("part", ["options", "rows", "counts", "method", "protocol"])
+def test_what_a_record_holds_is_text_on_the_page(run_folder, tmp_path, capsys, monkeypatch, part):
+    """Keys and values, of one run and of a comparison."""
+    monkeypatch.setattr(figures, "figures_available", lambda: False)
+    record = json.loads((run_folder / "run.json").read_text())
+    folders = [shutil.copytree(run_folder, tmp_path / name) for name in ("<b>a</b>", "c")]
+    value = {"options": "<i>&", "rows": record["rows"]["popularity"]}.get(part, "<u>")
+    change(folders[0] / "run.json", **{part: record[part] | dict.fromkeys(SHOWN_ANYWAY, value)
+                                       if type(record[part]) is dict else " ".join(SHOWN_ANYWAY)})
+    for number, arguments in enumerate((folders[:1], folders)):
+        out = tmp_path / str(number)
+        assert report.main([*map(str, arguments), "--out", str(out)]) == 0
+        page = Page(out / "report.html")
+        assert not {"script", "img", "i", "u", "b"} & page.tags.keys() and not page.links
+        text = " ".join(x for texts in page.text.values() for x in texts)
+        if number or part != "counts":        # which one run does not show
+            assert "<script>x</script>" in text and "\\x1b[2J|" in text and "\x1b" not in text
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"lambda_ct": "x"}, "--lambda-ct is 'x'; "), ({"temporal": "no"}, "--temporal is 'no'; "),
+    ({"lambda_ct": math.inf}, "--lambda-ct is inf; "), ({"lists": ["best"]}, "--lists is 'best'; "),
+    ({"eval_sequences": -1}, "--eval-sequences is -1; "), ({"seed": None}, "--seed is None; "),
+    ({"index": 3}, "--index is 3; "), ("seed", "'seed' is missing"), (3, "options is 3; wanted")])
+def test_options_are_refused_on_reading_as_on_the_command_line(run_folder, tmp_path, capsys,
+                                                               options, message):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    known = json.loads((folder / "run.json").read_text())["options"]
+    change(folder / "run.json", options=known | options if type(options) is dict else
+           {key: x for key, x in known.items() if key != options} if options == "seed" else options)
+    assert report.main([str(folder)]) == 2
+    assert f"run.json: damaged, or of another version of this program ({message}" in error_line(
+        capsys)
+
+
+def test_options_of_another_version_do_not_hide_what_a_run_found(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    options = json.loads((folder / "run.json").read_text())["options"]
+    del options["compile"]
+    change(folder / "run.json", options=options | {"of_tomorrow": 1})
+    assert Run.from_folder(folder).record["rows"] == Run.from_folder(run_folder).record["rows"]
+
+
+def test_each_metric_has_its_name_and_two_numbers(run_folder, tmp_path, capsys):
+    """What is refused on reading: names that are no metrics, scores that are no numbers."""
+    record = json.loads((run_folder / "run.json").read_text())
+    folder, good = shutil.copytree(run_folder, tmp_path / "run"), record["rows"]["popularity"]
+    for bad in (good | {"<img src=x onerror=x>": [0.1, 0.1]}, good | {"HR@5": [0.1]}, [], None,
+                good | {"HR@5": ["0.1", 0.1]}, good | {"HR@5": [1e300, 0.1]}, {"HR@5": [0, 0]},
+                good | {"HR@5": [float("inf"), 0.1]}, good | {"HR@5": [True, 0.1]}):
+        change(folder / "run.json", rows=record["rows"] | {"popularity": bad})
+        assert report.main([str(folder)]) == 2
+        assert "run.json: damaged, or of another version of this program (row 'popu" in error_line(
+            capsys)
+
+
 def test_a_run_without_a_log_is_read(run_folder, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / "run")
     (folder / "log.jsonl").unlink()
@@ -699,41 +761,80 @@ def test_only_common_sequences_are_paired(runs, run_folder):
     run, more = (replace(r, arrays=r.arrays | {
         f"values/{r.kinds['beams']}/original": worth(ranks[r.name])}) for r in (run, more))
     text = compare([run, more])
-    assert (f"more minus synthetic-rope-1 on the same {len(common)} test sequences, with the 95 % "
-            "interval") in text
-    told = {name: float(value) for name, value in re.findall(r"^  (\S+) +([+-]\d\.\d+)  \[", text,
-                                                              re.M)}
+    assert f"\ncompared on the same {len(common)} test sequences\n" in text
+    assert "\nmore minus synthetic-rope-1, with the 95 % interval of a paired bootstrap\n" in text
+    told = dict(zip(METRICS, map(float, re.search("^difference (.*)", text, re.M)[1].split())))
     for name, metric in METRICS.items():
         here, there = (metric(np.array([ranks[r.name][place[r.name].index(s)] for s in common]))
                        for r in (run, more))
         assert told[name] == pytest.approx(float(np.mean(there - here)), abs=6e-5)
     assert abs(told["HR@5"]) > 0.01
+    lines = {line.split(",")[0]: line for line in text.split("\n\n")[2].splitlines()}
+    for r in (run, more):                               # what each is worth on these sequences
+        values = METRICS["HR@10"](np.array([ranks[r.name][place[r.name].index(s)] for s in common]))
+        assert f" {values.mean():.4f} ± " in lines[r.name]
+    one, other = on_common([run, more])
+    assert one.arrays["sequence"].tolist() == other.arrays["sequence"].tolist() == common
+    for order in report.ORDERS:
+        rows = [place["more"].index(s) for s in common]
+        key = f"lists/{more.kinds['beams']}/{order}"
+        assert (other.arrays[key] == more.arrays[key][rows]).all()
+    whole, twin = on_common([run, replace(run, name="twin")])
+    for name in run.lists:                              # all sequences: what the run itself found
+        for row in (name, f"{name} | change, reversed", f"{name} | change, shuffled"):
+            for metric in METRICS if name != run.kinds["beams"] else ():
+                assert whole.record["rows"][row][metric] == pytest.approx(
+                    run.record["rows"][row][metric], nan_ok=True)
 
 
 def test_each_kind_that_both_have_is_compared(runs, run_folder):
     run, more = Run.from_folder(run_folder), Run.from_folder(runs / "more")
-    parts = compare([run, more, replace(run, name="twin")]).split("\n\n")[1:]
-    heads = [part.splitlines()[0] for part in parts]
-    assert heads == [run.kinds["beams"], run.kinds["titles"], more.kinds["exact"]]
-    pairs = [re.findall(r"^(\w+) minus (\S+) on", part, re.M) for part in parts]
-    assert pairs == [[("more", run.name), ("twin", run.name)], [("twin", run.name)], []]
-    alone = {key: value for key, value in more.record["rows"].items()
-             if not key.startswith(more.kinds["beams"])}
-    exact = replace(more, record=more.record | {
-        "rows": alone, "options": more.options | {"lists": ["exact"]}})
+    parts = compare([run, more, replace(run, name="twin")]).split("\n\n")[2:]
+    heads = [part.splitlines()[0].removesuffix(", with the 95 % interval of a paired bootstrap")
+             for part in parts]
+    assert heads == [run.kinds["beams"], f"more minus {run.name}", f"twin minus {run.name}",
+                     run.kinds["titles"], f"twin minus {run.name}", more.kinds["exact"]]
+    exact = replace(more, record=more.record | {"options": more.options | {"lists": ["exact"]}})
     with pytest.raises(ValueError, match="more has exact and synthetic-rope-1 has beams, titles: "):
         compare([run, exact])
 
 
-def test_a_comparison_names_protocols_once_if_they_are_one(runs, run_folder):
+def test_a_baseline_is_compared_with_every_list_and_with_another_baseline_once(run_folder):
+    run = Run.from_folder(run_folder)
+
+    def baseline(name: str) -> Run:
+        arrays = {key.replace("10 beams on titles", "all items scored"): array
+                  for key, array in run.arrays.items() if "grounded" not in key}
+        return replace(run, name=name, arrays=arrays, record=run.record | {"method": "sasrec"})
+    heads = [part.splitlines()[0] for part in compare([run, baseline("a")]).split("\n\n")[2::2]]
+    assert heads == [f"{name} / all items scored" for name in run.lists]
+    heads = [part.splitlines()[0] for part in compare([baseline("a"), baseline("b")]).split("\n\n")]
+    assert heads[2::2] == ["all items scored"]
+
+
+def test_a_comparison_names_evaluations_and_what_differs(runs, run_folder):
     run, more = Run.from_folder(run_folder), Run.from_folder(runs / "more")
-    protocol = run.record["protocol"]
+    first, second, common, _, none = compare([run, replace(run, name="twin")]).split("\n")[:5]
+    done = f"run.json, {run.record['evaluated']}: {run.record['protocol']}"
+    assert [first, second] == [f"{name} | {done}" for name in (run.name, "twin")]
+    assert common == "compared on the same 40 test sequences"
+    assert none == "options and data that differ: none"
     text = compare([run, replace(run, name="twin")])
-    assert text.startswith(f"{protocol}\n\n") and text.count("40 test sequences, 300") == 1
     assert "synthetic-rope-1, rope, λ = 0.1 " in text and "twin, rope, λ = 0.1 " in text
-    assert text.count("+0.0000  [+0.0000, +0.0000]") == 8           # of two kinds of lists
-    assert compare([run, more]).startswith(
-        f"synthetic-rope-1 | {protocol}\nmore | {more.record['protocol']}\n\n")
+    assert text.count("[+0.0000, +0.0000]") == 8                    # of two kinds of lists
+    assert differing([run, more]) == {"eval_sequences": [40, 60],
+                                      "lists": [["beams", "titles"], ["exact", "beams"]]}
+    other = replace(run, record=run.record | {
+        "method": "sasrec", "baseline": {"lr": 0.5, "width": 8}, "checksums": {"u.data": "ab"},
+        "counts": run.record["counts"] | {"train": 3}, "settings": {"base": "0123"}})
+    assert differing([run, other]) == {
+        "method": ["cetrec", "sasrec"], "lr": [0.003, 0.5], "width": [None, 8],
+        "counts: train": [800, 3], "checksums: u.data": [None, "ab"],
+        "base": [run.record["settings"]["base"], "0123"]}
+    assert re.search(r"^lr +0.003 +0.5$", compare([run, other]), re.M)
+    cells = re.findall(r"<tr><th>counts: train</th><td>800</td><td>3</td></tr>",
+                       as_html(report.comparison([run, other])))
+    assert len(cells) == 1
 
 
 def test_runs_of_other_data_or_without_common_sequences_are_refused(runs, run_folder, capsys):
@@ -749,11 +850,12 @@ def test_runs_of_other_data_or_without_common_sequences_are_refused(runs, run_fo
         with pytest.raises(ValueError, match="other data"):
             compare([run, replace(changed, name="changed")])
     assert not set(run.arrays["sequence"]) & set(few.arrays["sequence"])
-    with pytest.raises(ValueError, match="few shares no test sequence with synthetic-rope-1; .*"
+    with pytest.raises(ValueError, match="synthetic-rope-1, few share no test sequence; .*"
                                          "--eval-sequences 0"):
         compare([run, few])
     assert report.main([str(run_folder), str(runs / "sets")]) == 2
-    assert "other data" in error_line(capsys)
+    assert re.search(r"other data .* these differ in .*order_strength \(1.0 and 0.0\)",
+                     error_line(capsys))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -804,15 +906,15 @@ def test_groups_are_a_partition_by_length_and_by_what_training_saw(runs):
 
 def made_up(run: Run) -> Run:
     """Four test sequences in a catalogue of ten items, with lists of three by two recommenders."""
-    rows = {"every title": {}, "five texts": {}}
-    lists = {"five texts": [[1, 2, 3], [1, 2, 4], [5, 1, -1], [1, 2, 3]],
-             "every title": [[1, 3, 2], [2, 1, 6], [5, 1, 7], [1, 2, 8]]}
+    rows = {"all titles scored": {}, "5 beams, grounded": {}}
+    lists = {"5 beams, grounded": [[1, 2, 3], [1, 2, 4], [5, 1, -1], [1, 2, 3]],
+             "all titles scored": [[1, 3, 2], [2, 1, 6], [5, 1, 7], [1, 2, 8]]}
     valid = [[True, True], [True, False], [False, False], [True, True]]
     arrays = {"target": np.array([1, 2, 3, 3]), "popularity": np.arange(10.0) ** 2}
     for name, made in lists.items():
         arrays |= {f"lists/{name}/original": np.array(made),
                    f"values/{name}/original": np.zeros((4, 4)),
-                   f"valid/{name}/original": np.array(valid)[:, :2 if name == "five texts" else 0]}
+                   f"valid/{name}/original": np.array(valid)[:, :2 * ("5" in name)]}
     return replace(run, arrays=arrays, titles=[str(i) for i in range(10)], record={
         "rows": rows, "options": run.options | {"lists": ["beams", "exact"]}})
 
@@ -821,18 +923,17 @@ def test_the_table_of_what_is_recommended_by_hand(run_folder):
     """Popularity of item i is i². Five texts name 1, 2, 3, 4, 5 of 0 to 9; 5/8 of all texts and 3/4
     of the first ones are titles; 9 of the 12 exact items and 3 of the 4 first ones are found."""
     run = made_up(Run.from_folder(run_folder))
-    table = report.lists_table(run).splitlines()
-    assert [re.split(r" {2,}", line) for line in table[:4]] == [
+    _, head, rows, note = report.recommended(run)
+    assert [head, *rows] == [
         ["", "coverage", "popularity", "titles", "first beams", "exact tens", "exact firsts"],
-        ["five texts", "50.0 %", f"{(4 * 1 + 3 * 4 + 2 * 9 + 16 + 25) / 11:.1f}", "62.5 %",
+        ["5 beams, grounded", "50.0 %", f"{(4 * 1 + 3 * 4 + 2 * 9 + 16 + 25) / 11:.1f}", "62.5 %",
          "75.0 %", "75.0 %", "75.0 %"],
-        ["every title", "70.0 %", f"{(4 * 1 + 3 * 4 + 9 + 36 + 25 + 49 + 64) / 12:.1f}"],
-        ["test answers", f"{(1 + 4 + 9 + 9) / 4:.1f}"]]
-    assert [line.split(":")[0].strip() for line in table[4:]] == list(report.COLUMNS)
-    alone = replace(run, record=run.record | {
-        "rows": {"every title": {}}, "options": run.options | {"lists": ["exact"]}})
-    assert report.lists_table(alone).split("\n")[0].split() == ["coverage", "popularity"]
-
+        ["all titles scored", "70.0 %", f"{(4 * 1 + 3 * 4 + 9 + 36 + 25 + 49 + 64) / 12:.1f}",
+         *[""] * 4],
+        ["test answers", "", f"{(1 + 4 + 9 + 9) / 4:.1f}", *[""] * 4]]
+    assert [line.split(":")[0] for line in note.split("; ")] == list(report.COLUMNS)
+    alone = replace(run, record=run.record | {"options": run.options | {"lists": ["exact"]}})
+    assert report.recommended(alone)[1] == ["", "coverage", "popularity"]
 
 def test_the_way_from_the_blind_to_the_aware_recommender_by_hand(run_folder):
     run = made_up(Run.from_folder(run_folder))
@@ -840,12 +941,11 @@ def test_the_way_from_the_blind_to_the_aware_recommender_by_hand(run_folder):
     def rows(blind: float, texts: float, aware: float) -> Run:
         return replace(run, record=run.record | {"rows": {
             name: dict.fromkeys(METRICS, (value, 0.01))
-            for name, value in (("every title", blind), ("five texts", texts),
+            for name, value in (("all titles scored", blind), ("5 beams, grounded", texts),
                                 ("best, order-aware", aware), ("best, order-blind", blind))}})
-    lines = report.standing(rows(0.2, 0.25, 0.4)).splitlines()
-    assert lines[1:] == ["  five texts: " + ", ".join(f"{metric} +25 %" for metric in METRICS),
-                         "  every title: " + ", ".join(f"{metric} +0 %" for metric in METRICS)]
-    assert "-50 %" in report.standing(rows(0.2, 0.1, 0.4))
+    assert report.standing(rows(0.2, 0.25, 0.4))[1:] == (["", *METRICS], [
+        ["5 beams, grounded", *["+25 %"] * 4], ["all titles scored", *["+0 %"] * 4]])
+    assert report.standing(rows(0.2, 0.1, 0.4))[2][0] == ["5 beams, grounded", *["-50 %"] * 4]
     assert "order decides nothing here" in report.standing(rows(0.2, 0.25, 0.205))
 
 
@@ -854,15 +954,19 @@ def test_the_description_of_a_run_holds_its_table_and_fits_100_columns(runs, run
     for one in (run, more):
         text = describe(one)
         assert format_table(one.record["rows"]) in text and one.record["protocol"] in text
-        assert format_table(report.groups(one)) in text and report.lists_table(one) in text
-        assert report.standing(one) in text and f"evaluation in {one.source}" in text
-        assert max(map(len, text.splitlines())) <= 100
+        assert format_table(report.groups(one)) in text
+        for part in (report.standing(one), report.recommended(one)):
+            assert as_text([part]) in text
+        assert f"\n{one.source}, {one.record['evaluated']}: {one.record['protocol']}\n" in text
+        assert max(len(line) for line in text.splitlines() if "candidates" not in line) <= 100
         log_p = one.arrays["answers"]
         nats, p = (x[:, 0] - x[:, 1] for x in (log_p, np.exp(log_p)))
         assert f"log p {nats.mean():+.4f} ± {nats.std(ddof=1) / math.sqrt(len(nats)):.4f}" in text
         assert f"p {p.mean():+.5f} ± {p.std(ddof=1) / math.sqrt(len(p)):.5f}" in text
     real = {name: row for name, row in run.record["rows"].items() if "best" not in name}
     assert "on the way" not in describe(replace(run, record=run.record | {"rows": real}))
+    few = describe(Run.from_folder(runs / "few"))
+    assert "too few test sequences to say where the lists are" in few and "nan" not in few
 
 
 # ----------------------------------------------------------------------------------------------
@@ -919,9 +1023,11 @@ def test_one_run_is_printed_and_reported_in_its_own_folder(run_folder, capsys, m
     assert page.text["h1"] == ["copied"] and "h2" not in page.text
     assert numbers(" ".join(page.text["td"] + page.text["p"] + page.text["th"])) >= numbers(told)
     assert "pre" not in page.tags
-    for wanted in ("synthetic", "rope, λ = 0.1", f"{datetime.date.today():%d %B %Y}"):
+    for wanted in ("synthetic", "rope, λ = 0.1"):
         assert wanted in page.text["td"]
-    options = dict(zip(page.text["code"], page.text["td"][6:]))
+    now = datetime.datetime.now(datetime.UTC)
+    assert any(f"run.json, {now.year}-" in heading for heading in page.text["h3"])
+    options = dict(zip(page.text["code"], page.text["td"][5:]))
     assert options["lambda_ct"] == "0.1" and options["length_penalty"] == "0.0"
 
 
@@ -1005,7 +1111,7 @@ def test_the_page_holds_its_figures_and_loads_nothing(compared):
 
 def test_the_page_shows_markup_as_text(tmp_path):
     shown = "a <b>b</b> & c", "<i>", "<script>x</script>"
-    part = score_table({"<u>1</u> &lt; 2": dict.fromkeys(METRICS, (1.0, 0.5))})
+    part = as_html([scores("<i>x</i>", {"<u>1</u> &lt; 2": dict.fromkeys(METRICS, (1.0, 0.5))})])
     figures.write_page(tmp_path, shown[0], [(shown[1], part)], [], shown[2:])
     page = Page(tmp_path / "report.html")
     assert not {"b", "i", "u", "script"} & page.tags.keys()
@@ -1013,15 +1119,22 @@ def test_the_page_shows_markup_as_text(tmp_path):
     assert page.text["title"] == [shown[0]] and "<u>1</u> &lt; 2" in "".join(page.text["th"])
 
 
-def test_a_table_of_scores_leaves_out_what_is_not_a_number():
-    nan = math.nan
-    made = score_table({"beams": {"HR@5": (0.25, 0.125), "HR@10": (1.0, nan)},
-                        "beams | change, reversed": {"HR@5": (-50.0, nan), "HR@10": (nan, nan)},
-                        "popularity": {"HR@5": (0.0, 0.0), "HR@10": (0.0, 0.0)}})
-    assert "nan" not in made
-    assert "<tr><th>beams</th><td>0.2500 ± 0.1250</td><td>1.0000</td></tr>" in made
-    assert '<th class="below">change, reversed</th><td>−50.0 %</td><td></td></tr>' in made
-    assert "<th>popularity</th>" in made
+def test_a_table_of_scores_has_dashes_for_what_few_hits_do_not_tell():
+    nan, of_all = math.nan, dict.fromkeys(METRICS, (0.25, 0.125))
+    made = as_html([scores("x", {
+        "beams": of_all | {"HR@10": (0.001, nan)}, "popularity": of_all,
+        "beams | change, reversed": of_all | {"HR@5": (-50.0, nan), "HR@10": (nan, nan)}})])
+    assert "nan" not in made and "<h3>x</h3>" in made and "<th>popularity</th>" in made
+    assert re.search(r"<tr><th>beams</th><td>0.2500 ± 0.1250</td>.*<td>0.0010 ± +–</td>", made)
+    assert '<th class="below">change, reversed</th><td>−50.0 ±   – %</td>' in made
+    assert "<td>–</td>" in made
+
+
+def test_a_cell_is_html_only_if_it_is_made_as_such():
+    made = table(["", "<i>"], [["  <b>", h("<code>{}</code>", "<u>"), '"&']], "<s>")
+    assert "<th>&lt;i&gt;</th>" in made and '<th class="below">&lt;b&gt;</th>' in made
+    assert "<td><code>&lt;u&gt;</code></td><td>&quot;&amp;</td>" in made
+    assert '<p class="note">&lt;s&gt;</p>' in made
 
 
 @pytest.mark.parametrize("name, title", [("at$5_^$6", "Heat"), ("run", "A$AP_^ Ke$ha")])
@@ -1067,7 +1180,7 @@ def test_titles_in_a_script_that_the_font_lacks_are_drawn_without_a_warning(run_
 
 @pytest.mark.parametrize("name, arguments, message", [
     ("explain", ["nowhere", "7"], "nowhere/run.json: not found; experiments.explain wants the"),
-    ("recommend", ["nowhere", CANYON], "nowhere/run.json: not found; experiments.recommend wants"),
+    ("recommend", ["nowhere", CANYON], "nowhere/run.json: not found; a recommender wants"),
     ("report", ["nowhere"], "nowhere/run.json: not found; wanted the folder of a run"),
     ("look", ["--data", "netflix"], "unknown data set 'netflix'")])
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -1110,6 +1223,10 @@ def test_change_bars_are_as_long_as_the_changes(run, draw):
     two = report.change_rates([run, replace(run, name="b")], "beams")
     assert list(two) == [f"{run.name}, rope, λ = 0.1", "b, rope, λ = 0.1"]
     assert report.change_rates([run, run], "exact") == {}
+    (ax,) = draw.change_bars({"few": (np.array([math.nan, -50, -40, math.nan]),
+                                      np.array([math.nan, 9, math.nan, math.nan]))}).axes
+    assert [(text.get_text(), text.get_position()) for text in ax.texts] == [
+        ("–", (0, 0)), ("–", (3, 0))]                   # in the place of a bar
     for rates in (alone, two):
         (ax,) = draw.change_bars(rates).axes
         assert [label.get_text() for label in ax.get_xticklabels()] == list(METRICS)

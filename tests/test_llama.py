@@ -5,16 +5,15 @@ import math
 import os
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import small_config
 
-from llama import (MLP, Attention, RMSNorm, causal_mask, inverse_frequencies, load_llama, rotate,
+from llama import (MLP, Attention, Llama, causal_mask, inverse_frequencies, load_llama, rotate,
                    token_positions)
 from lora import ALL_LINEAR, add_lora
-from support.runs import wrap_blocks
+from support.machine import wrap_blocks
 
 TOKENS = torch.tensor([[5, 9, 2, 44, 17, 3, 60, 8]])
 
@@ -150,7 +149,7 @@ def test_llama3_scaling_keeps_fast_pairs_slows_slow_ones_and_blends_between():
 
 
 def test_rms_norm_by_hand():
-    norm = RMSNorm(2, 0.5)
+    norm = Llama(small_config(hidden_size=2, rms_norm_eps=0.5)).norm
     norm.weight.data = torch.tensor([1.0, 2.0])
     root = math.sqrt((9 + 16) / 2 + 0.5)
     torch.testing.assert_close(norm(torch.tensor([3.0, 4.0])),
@@ -158,7 +157,8 @@ def test_rms_norm_by_hand():
 
 
 def test_rms_norm_of_bfloat16_is_rounded_once():
-    norm, x = RMSNorm(256, 1e-5), torch.randn(4, 256).bfloat16()
+    norm = Llama(small_config(hidden_size=256)).layers[0].input_layernorm
+    x = torch.randn(4, 256).bfloat16()
     norm.weight.data = torch.randn(256).bfloat16()
     root = (x.double().square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
     y = norm(x)
@@ -347,7 +347,7 @@ def test_recomputing_blocks_gives_the_same_gradients_and_keeps_less(llama, dropo
     llama.train()
     rows = torch.randint(61, (8, 50))
     for recompute in (False, True):
-        wrap_blocks(llama, SimpleNamespace(recompute=recompute, compile=False))
+        wrap_blocks(llama, recompute=recompute)
         value, kept = kept_bytes(partial(tuning_loss, llama, rows))
         outcomes.append((value, torch.autograd.grad(value, factors), kept))
     (plain, gradients, much), (again, regradients, little) = outcomes
@@ -367,7 +367,7 @@ def test_compiled_blocks_give_the_same_gradients_and_evaluation_stays_eager(llam
     rows = torch.randint(61, (4, 50))
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     for compiled in (False, True):
-        wrap_blocks(llama, SimpleNamespace(recompute=False, compile=compiled))
+        wrap_blocks(llama, compiled=compiled)
         value = tuning_loss(llama, rows)
         outcomes.append([value, *torch.autograd.grad(value, parameters)])
         assert bool(ran) == compiled

@@ -34,11 +34,20 @@ def test_the_command_shows_what_a_data_set_holds(own_folder, capsys):
     for wanted in ("raw | 220 interactions, 20 users, 28 items", "160 sequences, 128 train, ",
                    "users by their number of interactions\n             8-15        20 ####",
                    "answers | train 2001-09-09..2001-09-10 | valid 2001-09-10..2001-09-11 | ",
-                   "ties | 0.0 % of the answers", "tokens of a prompt | median ",
+                   "times | 2001-09-09 to 2001-09-11 | 0.0 % of neighbours",
+                   "tokens of a prompt | median ",
                    "The user has played the following video games", "[k=0.", "⟨Item"):
         assert wanted in text, wanted
     assert look.main([*flags, "--sample", "0.5"]) == 0
     assert "step | users drawn to have 0.5 of the interactions: 110 " in capsys.readouterr().out
+    with open(own_folder / "interactions.csv", "a") as file:
+        file.write("u0,0,1e9\n" * 5 + "u0,99,1e9\n" * 30)
+    assert look.main(flags) == 2
+    assert "30 of 255 interactions are with items for which" in capsys.readouterr().err
+    assert look.main([*flags, "--drop-untitled"]) == 0
+    assert ", 5 repeats dropped; --keep-repeats keeps them: 220 inter" in capsys.readouterr().out
+    assert look.main([*flags, "--drop-untitled", "--keep-repeats"]) == 0
+    assert " | 225 interactions, 20 users, 30 items" in capsys.readouterr().out
 
 
 def test_the_tokenizer_of_a_checkpoint_makes_the_tokens(own_folder, tokenizer, capsys):
@@ -62,20 +71,14 @@ def few_and_many() -> Interactions:
                         [f"Title {i}" for i in range(9)])
 
 
-def test_users_ties_and_items_are_those_of_brute_force(tokenizer):
+def test_users_and_items_are_those_of_brute_force(tokenizer):
     x = few_and_many()
     splits = split_by_time(make_sequences(x))
     of_users = [int((x.users == u).sum()) for u in range(24)]
     answers = np.concatenate([s.targets for s in splits])
     assert sorted(look.interactions_of_users(answers)) == sorted(n for n in of_users if n > 3)
-    tied = []
-    for user in range(24):
-        times = np.sort(x.timestamps[x.users == user])
-        tied += [times[i] == times[i - 1] for i in range(3, len(times))]
     text = look.describe(splits, 24, tokenizer)
     assert "users by their number of interactions; 6 more have fewer than 4\n" in text
-    assert 20 < 100 * np.mean(tied) < 80
-    assert f"ties | {100 * np.mean(tied):.1f} % of the answers" in text
     items = look.histogram(np.bincount(x.items))
     assert f"items by their number of interactions\n{items}\n" in text
 

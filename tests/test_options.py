@@ -17,7 +17,8 @@ ALL = [f.name for kind in (Options, Where) for f in fields(kind)]
 GIVEN = {
     "data": ("ml-100k", "ml-100k"), "data_dir": ("raw", "raw"), "domain": ("games", "games"),
     "sample": ("0.5", 0.5), "chronological": (None, True), "index": ("time", "time"),
-    "skip_bad_lines": (None, True), "order_strength": ("0.25", 0.25), "clock": ("0.5", 0.5),
+    "skip_bad_lines": (None, True), "drop_untitled": (None, True), "keep_repeats": (None, True),
+    "order_strength": ("0.25", 0.25), "clock": ("0.5", 0.5),
     "limit_train": ("7", 7), "seed": ("3", 3), "model": ("some/base", "some/base"),
     "temporal": ("sinpe", "sinpe"),
     "sinpe_scale": ("0.1", 0.1), "lora_rank": ("2", 2), "lora_alpha": ("5", 5.0),
@@ -31,7 +32,8 @@ GIVEN = {
     "dtype": ("bfloat16", "bfloat16")}
 WANTS = {   # what a flag goes with
     "data_dir": ["--data", "ml-100k"], "sample": ["--data", "ml-100k"],
-    "domain": ["--data", "mine"], "chronological": ["--data", "lastfm"],
+    "domain": ["--data", "mine"], "drop_untitled": ["--data", "ml-100k"],
+    "keep_repeats": ["--data", "mine"], "chronological": ["--data", "lastfm"],
     "sinpe_scale": ["--temporal", "sinpe"]}
 
 
@@ -71,7 +73,8 @@ def test_the_help_describes_every_field_exactly_once_with_its_default():
 @pytest.mark.parametrize("name, default", [
     ("lr", "0.0001; 0.003 with the tiny base; 0.004 with the tiny base on synthetic"),
     ("lora-targets", "q_proj,v_proj; with the tiny base all-linear"), ("lambda-ct", "0.1"),
-    ("exclude-history", "yes"), ("compile", "no"), ("data", "synthetic"), ("out", "runs"),
+    ("exclude-history", "yes; no with --keep-repeats"), ("shard", "no"),
+    ("compile", "yes on GPUs where there may be 1,000 steps; else no"), ("data", "synthetic"), ("out", "runs"),
     ("length-penalty", "1; 0 with the tiny base"), ("lists", "beams,titles"),
     ("sample", "0.1 with movielens and 1/3 with steam, as the paper's text (D4); else 1")])
 def test_the_help_gives_the_default_of_each_preset(name, default):
@@ -124,9 +127,17 @@ def test_a_flag_reaches_its_field_and_no_other(name):
     before, after = Options.from_flags(flags(*context)), Options.from_flags(flags(*argv))
     assert getattr(before, name) != value and getattr(after, name) == value
     follows = {"data": {"sample", "lr", "batch_size", "epochs"}, "epochs": {"least_steps"},
-               "max_steps": {"least_steps"}, "model": set(ALL)}.get(name, set())
+               "model": set(ALL), "keep_repeats": {"exclude_history"}}.get(name, set())
     assert {f.name for f in fields(Options) if getattr(before, f.name) != getattr(after, f.name)
             } - follows == {name} - follows
+
+
+def test_where_repeats_are_kept_lists_may_name_items_of_the_history():
+    """Or no repeated item could be found. Who says otherwise means it."""
+    assert not Options.from_flags(flags("--data", "mine", "--keep-repeats")).exclude_history
+    assert Options.from_flags(flags("--data", "mine", "--keep-repeats",
+                                    "--exclude-history")).exclude_history
+    assert Options.from_flags(flags("--data", "mine")).exclude_history
 
 
 @pytest.mark.parametrize("argv, expected", [
@@ -166,6 +177,9 @@ def test_without_a_temporal_embedding_lambda_is_0_and_a_given_one_is_commented(c
     (["--data", "mine", "--data-dir", "x"], "--data-dir goes with a public data set"),
     (["--sample", "0.5"], "--sample goes with data that are not synthetic"),
     (["--domain", "games"], "--domain goes with data that are not synthetic"),
+    (["--drop-untitled"], "--drop-untitled goes with data that are not synthetic"),
+    (["--keep-repeats"], "--keep-repeats goes with a folder of your own"),
+    (["--data", "lastfm", "--keep-repeats"], "--keep-repeats goes with a folder of your own"),
     (["--sinpe-scale", "2"], "--sinpe-scale goes with --temporal sinpe"),
     (["--lists", "exact", "--beams", "3"], "--beams goes with --lists beams"),
     (["--lists", "titles", "--ground-list", "single"], "--ground-list goes with --lists beams"),
@@ -270,7 +284,8 @@ def test_an_adapter_is_bound_to_the_temporal_embedding_and_p_k_has_a_scale_if_it
     ([], 64_000, (3_000, 20)), ([], 1, (300, 20)),
     (["--epochs", "2"], 640, (20, 2)), (["--epochs", "2"], 641, (22, 2)),
     (["--max-steps", "7"], 64_000, (7, 0)), (["--max-steps", "25"], 640, (25, 2)),
-    (["--max-steps", "100"], 640, (30, 3)),
+    # a cap lowers what there would be without it, and nothing else
+    (["--max-steps", "100"], 640, (100, 10)), (["--max-steps", "400"], 640, (300, 20)),
     (["--epochs", "5", "--max-steps", "31"], 640, (31, 3)),
     (["--least-steps", "45"], 640, (50, 5)), (["--least-steps", "0"], 640, (30, 3)),
     (["--batch-size", "10"], 640, (320, 20)), (["--warmup", "4"], 640, (300, 4)),
@@ -289,7 +304,7 @@ def test_the_tiny_base_on_small_data_tunes_as_long_as_the_synthetic_world():
 
 @pytest.mark.parametrize("argv, sequences, passes", [
     ([], 100, 5), ([], 101, 4), ([], 10, 50), ([], 250, 2), ([], 251, 1), ([], 5, 50),
-    (["--epochs", "2"], 100, 1), (["--max-steps", "9"], 100, 1), (["--least-steps", "120"], 100, 2),
+    (["--epochs", "2"], 100, 1), (["--max-steps", "9"], 100, 5), (["--least-steps", "120"], 100, 2),
     (["--least-steps", "0"], 100, 1)])
 def test_an_epoch_of_small_data_holds_them_several_times(argv, sequences, passes, world_splits):
     """A sixth of the 300 steps, so that whether an epoch was better can be told: batches of 10."""

@@ -97,8 +97,9 @@ def test_numbers_are_those_of_the_run(made):
     targets, logits_f, _ = scene.worlds()
     loss = torch_cross_entropy(logits_f, targets)
     assert f"<td>{loss:.4f}</td>" in text
-    assert f"{scene.run.record['rows']['10 beams on titles | change, reversed']['HR@5'][0]:.0f} %" \
-        in text or scene.run.record["rows"]["10 beams on titles"]["HR@5"][0] == 0
+    for row in ("10 beams on titles | change, reversed", "5 beams, grounded"):
+        (mean, error), form = scene.run.record["rows"][row]["HR@5"], "+.1f" if "|" in row else ".4f"
+        assert f"<td>{mean:{form}} ± {error:{form[-3:]}}".replace(">-", ">−") in text
     assert "<th>p<sub>2</sub></th><td>0.909</td><td>−0.416</td><td>0.199</td>" in text
 
 
@@ -148,6 +149,11 @@ def test_what_is_gone_is_found(made):
         page.passage(replace(part, words="See D99."), scene, passed)
     with pytest.raises(ValueError, match="or they did not run"):
         page.passage(part, scene, {})
+
+
+def test_a_run_without_its_log_has_no_curves(made):
+    scene = replace(made[1], run=replace(made[1].run, log=[]))
+    assert page.example_curves(scene) == "<p>The run has no log of its losses.</p>"
 
 
 def test_a_test_that_fails_is_shown_as_such(made):
@@ -245,7 +251,7 @@ def test_the_page_renders_at_both_widths_without_errors_or_requests(made, browse
     assert len(sizes) >= 20 and all(a > 20 and b > 10 for a, b in sizes)
     pictures = browser.run("return [...document.querySelectorAll('svg')].map("
                            "x => x.getBoundingClientRect().width)")
-    assert len(pictures) == 4 and min(pictures) > 250
+    assert len(pictures) == 3 and min(pictures) > 250
     columns = browser.run("const [a, b] = document.querySelector('section').children;"
                           "return [a, b].map(x => x.getBoundingClientRect().top)")
     assert (columns[0] == columns[1]) == (width > 500)      # beside each other, or one by one

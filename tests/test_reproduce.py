@@ -11,18 +11,19 @@ import pytest
 from conftest import small_runs
 
 import cetrec
-from experiments import figures, reproduce
+from evaluate import METRICS
+from experiments import figures, markup, reproduce
 from experiments.report import Run
 from support.files import read_object, write_json
 
-SMALL = ["--max-steps", "2", "--limit-train", "64", "--eval-sequences", "8", "--dtype", "float32"]
+SMALL = ["--max-steps", "2", "--limit-train", "64", "--eval-sequences", "12", "--dtype", "float32"]
 
 
 def record(seed: int, first: float, effect=()) -> dict:
     """A kept record whose metrics are first, first + 0.1, .. for the one list."""
     metrics = [[first + 0.1 * i, 0.01] for i in range(4)]
-    return {"seed": seed, "protocol": "8 test sequences", "effect": list(effect), "seconds": 1.0,
-            "validation_ta": 0.5 + seed, "worlds": {}, "rows": {
+    return {"seed": seed, "protocol": "1,000 test sequences, 9 candidates", "effect": list(effect),
+            "seconds": 1.0, "validation_ta": 0.5 + seed, "worlds": {}, "rows": {
                 "beams": metrics, "popularity": [[0.01 * seed, 0.0]] * 4,
                 **{f"beams | change, {order}": [[-10.0 * i - seed, 1.0] for i in range(4)]
                    for order in ("reversed", "shuffled")},
@@ -36,13 +37,31 @@ def test_a_table_is_mean_and_deviation_over_seeds_by_hand():
     assert lines[2] == ("| A | beams | 0.2000 ± 0.1414 | 0.3000 ± 0.1414 | 0.4000 ± 0.1414 | "
                         "0.5000 ± 0.1414 | -30.5 ± 0.7 | -30.5 ± 0.7 |  | 1.0000 ± 0.7071 |")
     assert "| -30.5 ± 0.7 | +2.50 ± 0.71 | 1.0000 ± 0.7071 |" in lines[3]
-    assert lines[4].endswith("| 0.5000 ± 0.0000 | -30.0 ± 14.1 | | | |")
-    assert lines[5].startswith("| popularity | | 0.0050 ± 0.0071 |") and len(lines) == 6
+    assert lines[4].endswith("| 0.5000 ± 0.0000 | -30.0 ± 14.1 |  |  |  |")
+    assert lines[5].startswith("| popularity |  | 0.0050 ± 0.0071 |") and len(lines) == 6
     assert {line.count("|") for line in lines} == {11}
     rates = reproduce.changes({"A": [record(0, 0.1), record(1, 0.3)]})
     assert rates[2] == "| A | beams | -0.5 ± 0.7 | -10.5 ± 0.7 | -20.5 ± 0.7 | -30.5 ± 0.7 |"
     one = reproduce.table({"A": [record(0, 0.1)]})              # one seed has no deviation
     assert one[2].startswith("| A | beams | 0.1000 | 0.2000 |")
+
+
+def test_changes_from_fewer_than_ten_hits_are_dashes():
+    """Nine hits of a thousand at 5, ten at 10; where lists are valued by the law, nobody counts."""
+    few = record(0, 0.1)
+    few["rows"]["beams"] = [[0.009, 0.003], [0.005, 0.002], [0.01, 0.003], [0.006, 0.002]]
+    assert reproduce.changes({"A": [few]})[2] == "| A | beams | – | – | -20.0 | -30.0 |"
+    assert "| -30.0 | -30.0 |" in reproduce.table({"A": [few]})[2]
+    assert reproduce.changes({"A": [record(0, 0.1), few]})[2].startswith("| A | beams | – | – | ")
+    few["protocol"] += ", scored by the true distribution"
+    assert reproduce.changes({"A": [few]})[2].startswith("| A | beams | +0.0 | -10.0 |")
+    few["rows"]["best, order-aware"] = [[0.5, math.nan]] * 4    # of fewer than ten sequences
+    assert "| best, order-aware |  | 0.5000 | 0.5000 | 0.5000 | 0.5000 | – |" in "\n".join(
+        reproduce.table({"A": [few]}))
+
+
+def test_what_stands_in_a_cell_of_markdown_stays_in_it():
+    assert markup.md("a|b", "<i>", "\x1b", 1) == "| a\\|b | &lt;i> | \\x1b | 1 |"
 
 
 def test_worlds_are_in_the_table_where_they_were_noted(tmp_path):
@@ -97,7 +116,7 @@ def test_cells_are_run_once_and_tables_hold_what_they_found(tables):
     paired = [x for x in text.splitlines() if x.startswith("| stated | 10 beams")][1]
     for cell, gain in zip(paired.split(" | ")[2:], gains.mean(axis=0)):
         assert cell.startswith(f"{gain:+.4f} [")
-    assert "8 test sequences" in text and "seeds 0, 1" in text
+    assert "12 test sequences" in text and "seeds 0, 1" in text
     rates = (tables / "FIGURE4-synthetic-64.md").read_text()
     assert "minus" not in rates and "| w.o. Both | 5 beams, grounded | " in rates
 
@@ -133,6 +152,26 @@ def test_records_are_verified_by_running_again(tables, tmp_path, monkeypatch, ca
         if shift:
             assert "standard errors away, of popularity" in printed
         assert ("not found again" in printed) == (status == 2)
+
+
+def test_what_few_hits_do_not_tell_is_verified_by_the_least_error_it_can_have(tables, tmp_path,
+                                                                              monkeypatch, capsys):
+    """Of fewer than ten hits the standard error is more than the mean by the root of ten."""
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    lines = [json.loads(line) for line in (tables / "TABLE4-synthetic-64.jsonl")
+             .read_text().splitlines()]
+    for apart, status in ((0.9, 0), (4.0, 2)):
+        for x in (x for x in lines if "row" in x):
+            now = read_object(next(tables.glob("synthetic-none-1")) / "run.json")
+            mean = now["rows"]["popularity"]["HR@5"][0]
+            x["rows"]["popularity"] = [[mean / (1 - apart / math.sqrt(10)), math.nan],
+                                       *x["rows"]["popularity"][1:]]
+        (tmp_path / "TABLE4-synthetic-64.jsonl").write_text("".join(
+            json.dumps(x) + "\n" for x in lines))
+        assert reproduce.main(["TABLE4", "--verify", "1", "--limit-train", "64",
+                               "--out", str(tmp_path)]) == status
+        printed = "".join(capsys.readouterr())
+        assert "standard errors away, of popularity" in printed and "nan" not in printed
 
 
 def test_figures_are_drawn_where_there_is_something_to_draw(tables):
@@ -259,13 +298,33 @@ def test_other_data_are_refused_before_a_base_is_made(copied, tmp_path, capsys):
 @pytest.mark.parametrize("changes, message", [
     ({"rows": None}, "this run is not complete; python cetrec.py --resume "),
     ({"method": "p5"}, "a run of p5; only those of cetrec.py are done again"),
-    ({"options": None}, "not the record of a run of this version")])
+    ({"options": None}, "run.json: damaged, or of another version of this program ('options' is "
+     "missing); "),
+    ({"rows": {"popularity": {"HR@5": [1, 2]}}}, "row 'popularity' is {'HR@5': [1, 2]}; wanted ")])
 def test_a_run_that_cannot_be_done_again_is_refused_in_one_line(copied, capsys, changes, message):
     change_record(copied, **changes)
     assert reproduce.main([str(copied)]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
-    assert [p.name for p in copied.parent.glob("synthetic-*")] == [copied.name]
+    refused_at_once(copied, capsys, message)
+
+
+def refused_at_once(folder: Path, capsys, message: str) -> None:
+    """One line, and nothing was begun."""
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1 and captured.out == ""
+    assert [p.name for p in folder.parent.glob("synthetic-*")] == [folder.name]
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "log.jsonl: not found; its losses are compared, so copy it"),
+    ('{"step": 1, "loss_ta": "x"}\n', "log.jsonl: damaged"), ('{"step": 1\n', "log.jsonl: damaged"),
+    ('{"loss_ta": 1.0}\n', "'step' is missing"), ("3\n", "log.jsonl: damaged")])
+def test_what_will_be_compared_is_read_before_the_work(copied, capsys, content, message):
+    (copied / "log.jsonl").unlink()
+    if content:
+        (copied / "log.jsonl").write_text(content)
+    assert reproduce.main([str(copied)]) == 2
+    refused_at_once(copied, capsys, message)
 
 
 @pytest.mark.parametrize("flags", [["--lr", "1"], ["--seeds", "1"], ["--verify"], ["--recorded"],
@@ -275,31 +334,28 @@ def test_a_run_is_done_again_with_its_own_options(finished, capsys, flags):
     assert f"that does not go with {flags[0]}\n" in capsys.readouterr().err
 
 
-def write_run(folder: Path, losses: list[float], metric: float) -> Path:
-    """What differences reads of a run: losses of its steps, and one metric."""
-    folder.mkdir()
-    (folder / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": x, "ms": x}) + "\n"
-                                              for i, x in enumerate(losses, start=1)))
-    write_json(folder / "run.json", {"rows": {"popularity": {"HR@5": [metric, 0.1],
-                                                             "HR@10": [0.5, 0.1]}}})
-    return folder
-
-
-def test_the_largest_differences_of_two_runs_by_hand(tmp_path):
-    run, same, other, shorter = (write_run(tmp_path / name, losses, metric) for name, losses, metric
-                                 in (("run", [3.0, 2.0, 1.5], math.nan),
-                                     ("same", [3.0, 2.0, 1.5], math.nan),
-                                     ("other", [3.25, 1.5, 1.5], 0.25), ("shorter", [3.0], 0.25)))
-    assert reproduce.differences(run, same).splitlines()[1:] == [
-        "  3 losses | all the same, to the last digit",
-        "  2 metrics | all the same, to the last digit"]
-    assert reproduce.differences(other, run).splitlines()[1] == (
+def test_the_largest_differences_of_two_runs_by_hand():
+    def results(losses: list[float], metric: float) -> dict:
+        return {"losses": {(i, "loss"): x for i, x in enumerate(losses, start=1)},
+                "metrics": {("popularity", "HR@5"): metric, ("popularity", "HR@10"): 0.5}}
+    run, same = (results([3.0, 2.0, 1.5], math.nan) for _ in range(2))
+    other, shorter = results([3.25, 1.5, 1.5], 0.25), results([3.0], 0.25)
+    assert reproduce.differences(run, same) == ["  3 losses | all the same, to the last digit",
+                                                "  2 metrics | all the same, to the last digit"]
+    assert reproduce.differences(other, run)[0] == (
         "  3 losses | the largest difference is 0.5, of loss at 2")
-    assert reproduce.differences(shorter, other).splitlines()[1:] == [
+    assert reproduce.differences(shorter, other) == [
         "  3 losses | the largest difference is inf, of loss at 2",
         "  2 metrics | all the same, to the last digit"]
-    write_json(run / "run.json", {"rows": {"popularity": {"HR@5": [0.5, 0.1],
-                                                          "HR@10": [0.75, 0.1]}}})
-    assert reproduce.differences(run, other).splitlines()[2] in (
-        "  2 metrics | the largest difference is 0.25, of HR@5 at popularity",
-        "  2 metrics | the largest difference is 0.25, of HR@10 at popularity")
+    run["metrics"] = {("popularity", "HR@5"): 0.5, ("popularity", "HR@10"): 0.5}
+    assert reproduce.differences(run, other)[1] == (
+        "  2 metrics | the largest difference is 0.25, of HR@5 at popularity")
+
+
+def test_the_results_of_a_run_are_all_its_losses_and_metrics(finished):
+    found, record = reproduce.results(finished), read_object(finished / "run.json")
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert found["losses"][2, "loss_ct"] == log[1]["loss_ct"]
+    assert len(found["losses"]) == 2 * 3 + 1 and (2, "validation_ta") in found["losses"]
+    assert len(found["metrics"]) == len(record["rows"]) * len(METRICS)
+    assert found["metrics"]["popularity", "HR@10"] == record["rows"]["popularity"]["HR@10"][0]

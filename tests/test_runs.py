@@ -1,26 +1,18 @@
-"""Run folders: whole files, going on with the same data, the device, memory."""
+"""Run folders: whole files, going on with the same data."""
 
 import hashlib
 import json
 import os
-import resource
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
-from conftest import small_config
-from data import NO_ITEM, Batch
 from support.files import save_arrays, write_json
-from support.memory import peak_memory, rows_that_fit
 from support.options import Options
-from support.runs import (check_same, check_writable, choose_device, new_folder, open_data,
-                          read_run)
+from support.runs import check_same, check_writable, new_folder, open_data, read_run, reopen
 from support.synthetic import SyntheticWorld
 
 # ------------------------------------------------------------ The command and its folders
@@ -89,7 +81,8 @@ def test_a_run_gives_its_options_and_the_base_beside_it(tmp_path):
     assert changed == replace(options, data_dir="d", device="cpu", dtype="stored", beams=3,
                               lists=("exact", "beams"))
     (tmp_path / "moved").mkdir()
-    assert read_run(run, {"model": str(tmp_path / "moved")}) == (options, tmp_path / "moved")
+    moved = {"model": str(tmp_path / "moved"), "data": str(tmp_path / "moved")}
+    assert read_run(run, moved) == (replace(options, data=moved["data"]), tmp_path / "moved")
 
 
 def test_a_base_that_is_not_tiny_is_where_the_record_says_or_found_again(tmp_path, monkeypatch):
@@ -125,6 +118,17 @@ def test_data_dir_is_refused_where_the_data_of_the_run_are_not_public(tmp_path):
     make_run(tmp_path / "run", rows={}, flags={"data": "mine"})
     with pytest.raises(ValueError, match="--data-dir goes with a public data set"):
         read_run(tmp_path / "run", {"data_dir": "x"})
+
+
+def test_data_that_have_moved_are_named_and_can_be_told(tmp_path):
+    here = str(tmp_path)
+    for command, more in (("--eval-only", {"rows": {}}), ("--resume", {})):
+        options = make_run(tmp_path / command, flags={"data": "mine"}, **more)
+        with pytest.raises(FileNotFoundError, match="mine: no such folder, but the data of the run "
+                                                    "were there; if it has moved, .*with --data"):
+            reopen(tmp_path / command, {}, command)
+        found, _ = read_run(tmp_path / command, {"data": here}, command)
+        assert found == replace(options, data=here)
 
 
 @pytest.mark.parametrize("text", [
@@ -227,89 +231,9 @@ def test_open_data_counts_the_steps_and_names_the_papers_counts(tmp_path, capsys
     assert world is None and splits[0].index == "time"
     assert text.startswith("raw | 109 interactions, 12 users, 20 items\nstep | ")
     assert [line.removeprefix("step | ") for line in text.splitlines() if line.startswith("step")
-            ] == list(record["steps"])
+            ] == list(record["steps"][1:]) and "\ntimes | 1970-01-01 to 1970-01-01 | 0.0 %" in text
     assert ("data movielens | 108 interactions, 12 users, 20 items, 72 sequences, 57 train, "
             "7 valid, 8 test\npaper's Table 2 | 192,483 sequences, 3,952 items, 999,611 "
             "interactions\n") in text
     digest = hashlib.sha256((folder / "ratings.dat").read_bytes()).hexdigest()
     assert record["checksums"]["ratings.dat"] == digest
-
-
-@pytest.mark.parametrize("cuda, half, mps, device, dtype, expected", [
-    (False, False, False, "auto", "auto", ("cpu", torch.float32)),
-    (False, False, True, "auto", "auto", ("mps", torch.float32)),
-    (True, True, True, "auto", "auto", ("cuda", torch.bfloat16)),
-    (True, False, False, "auto", "auto", ("cuda", torch.float16)),
-    (True, True, False, "cpu", "auto", ("cpu", torch.float32)),
-    (True, True, False, "cuda", "float32", ("cuda", torch.float32)),
-    (False, False, False, "auto", "bfloat16", ("cpu", torch.bfloat16)),
-    (False, False, False, "auto", "stored", ("cpu", None))])
-def test_the_device_and_the_precision(cuda, half, mps, device, dtype, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: half)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    found = choose_device(Options.from_flags({"device": device, "dtype": dtype}))
-    assert found == (torch.device(expected[0]), expected[1])
-
-
-def test_a_device_that_is_not_there_and_a_compiler_that_is_missing(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="--device cuda: this PyTorch sees no such device; use"):
-        choose_device(Options.from_flags({"device": "cuda"}))
-    compiling = Options.from_flags({"device": "cpu", "compile": True})
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match="--compile wants a C.. compiler on CPUs, and there is no "
-                                         "no-such-compiler"):
-        choose_device(compiling)
-    monkeypatch.setenv("CXX", sys.executable)
-    assert choose_device(compiling)[0].type == "cpu"
-
-
-@pytest.mark.parametrize("platform, device, expected", [
-    ("linux", "cpu", 2.048), ("darwin", "cpu", 0.002), ("linux", "cuda", 7.5)])
-def test_peak_memory_is_in_gigabytes_everywhere(platform, device, expected, monkeypatch):
-    """Linux says how many times 1,024 bytes a process took at most, and macOS says bytes."""
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=2_000_000))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7_500_000_000)
-    assert peak_memory(torch.device(device)) == pytest.approx(expected)
-
-
-def plain_batch(rows: int, tokens: int, prefix: int, answer: int) -> Batch:
-    """Rows of so many tokens, those of a common prefix and of the answer included."""
-    T = tokens - prefix
-    return Batch(torch.ones(prefix), torch.ones(rows, T), torch.full((rows, T), NO_ITEM),
-                 torch.zeros(rows), torch.ones(rows, answer))
-
-
-SHAPE_135M = small_config(vocab_size=49_152, hidden_size=576, intermediate_size=1_536,
-                          num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-                          head_dim=64)
-
-
-def test_rows_that_fit_a_cpu_keep_the_widest_activation_near_a_million_numbers():
-    cpu, long = torch.device("cpu"), plain_batch(64, 200, 30, 10)
-    # (two worlds) x (200 - 30 tokens) x (an inner width of 1,536) is 522,240 numbers a row
-    assert rows_that_fit(SHAPE_135M, long, cpu) == 1
-    assert rows_that_fit(SHAPE_135M, long, cpu, worlds=1) == 3
-    assert rows_that_fit(SHAPE_135M, plain_batch(64, 60, 30, 10), cpu) == 10
-    # a row that is larger than that is still worked on
-    assert rows_that_fit(replace(SHAPE_135M, intermediate_size=10**7), long, cpu) == 1
-    # the whole batch, where the shape is tiny
-    assert rows_that_fit(small_config(), plain_batch(64, 40, 10, 5), cpu) >= 64
-
-
-def test_rows_that_fit_a_gpu_take_a_third_of_its_memory(monkeypatch):
-    gpu, long = torch.device("cuda"), plain_batch(64, 200, 30, 10)
-    memory = SimpleNamespace(total_memory=80_000_000_000)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
-    block = 10 * 576 + 4 * 1_536                                    # numbers a token
-    row = 2 * (170 * 30 * block + 6 * 10 * 49_152)                  # numbers a row
-    assert rows_that_fit(SHAPE_135M, long, gpu) == 80_000_000_000 // 3 // (4 * row) == 52
-    assert rows_that_fit(SHAPE_135M, long, gpu, worlds=1) == 104
-    # recomputed blocks keep what goes in, and one of them is open
-    row = 2 * (170 * (30 * 576 + block) + 6 * 10 * 49_152)
-    assert rows_that_fit(SHAPE_135M, long, gpu, recompute=True) == 80_000_000_000 // 3 // (4 * row)
-    assert rows_that_fit(SHAPE_135M, long, gpu, recompute=True) > 4 * 52
-    memory.total_memory = 1_000_000
-    assert rows_that_fit(SHAPE_135M, long, gpu) == 1

@@ -1,12 +1,14 @@
 """experiments/table3.py: cells are made once, rates come from validation."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 from conftest import small_runs
 
 import cetrec
+from evaluate import METRICS
 from experiments import id_baselines, table3
 
 SYSTEMS = {"SASRec": (id_baselines.main, ["--method", "sasrec", "--epochs", "2", "--width", "8"]),
@@ -68,6 +70,13 @@ def test_a_cell_that_fails_or_is_interrupted_ends_the_table_and_is_not_kept(tmp_
         assert table3.main(["--systems", "SASRec", "--out", str(tmp_path)]) == status
         assert message in capsys.readouterr().err
         assert not (tmp_path / "table3" / "cells.json").exists()
+
+
+def test_a_change_from_few_hits_is_a_dash():
+    metrics = {metric: [0.001, math.nan] for metric in METRICS}
+    rows = {"beams": metrics, "beams | change, reversed": dict.fromkeys(METRICS, [math.nan] * 2)}
+    (line,) = table3.lines_of("CFT", [{"tuning": {"seconds": 60}, "rows": rows}] * 2, 0.5)
+    assert line == f"| CFT | beams |{' 0.0010 ± 0.0000 |' * 4} – % | 0.5 | 1.0 |  |  |"
 
 
 def test_an_unknown_system_is_refused(capsys):

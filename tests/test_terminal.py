@@ -1,7 +1,9 @@
 """support/terminal.py and support/start.py with real faults: no memory, a full disk, signals."""
 
 import contextlib
+import io
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -18,8 +20,10 @@ from conftest import small_config
 from llama import Llama, save_llama
 from lora import add_lora
 from support.files import save_arrays, write_json
-from support.runs import save_adapter
-from support.terminal import LONGEST, Parser, exit_status, one_line, visible
+from support.progress import Progress, open_log, write_line
+from support.runs import resumable, save_adapter
+from support.tiny import write_base
+from support.terminal import LONGEST, Parser, Visible, exit_status, one_line, visible
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,13 +79,16 @@ def test_memory_that_ends_is_one_line_that_names_what_to_lower(ask, capsys):
     assert "--lora-rank or fewer --beams" in error
 
 
-def test_a_disk_that_is_full_is_one_line_and_what_was_there_is_whole(tmp_path, temporal, capsys):
+def test_a_disk_that_is_full_is_one_line_and_what_was_there_is_whole(tmp_path, temporal, tokenizer,
+                                                                      capsys):
+    """The largest file of each does not fit. It is named; save_llama alone does not do that."""
     model = temporal("rope")
     add_lora(model)
-    plain = Llama(small_config())
+    plain = Llama(small_config(vocab_size=1_000))
     writers = {
         "adapter": lambda folder: save_adapter(model, folder, {"temporal": "rope"}),
         "base": lambda folder: save_llama(plain, folder),
+        "tiny": lambda folder: write_base(plain, tokenizer, folder),
         "arrays": lambda folder: save_arrays({"x": np.ones(9_000)}, folder / "x.safetensors"),
         "json": lambda folder: write_json(folder / "x.json", ["word"] * 9_000)}
     for name, write in writers.items():
@@ -90,19 +97,37 @@ def test_a_disk_that_is_full_is_one_line_and_what_was_there_is_whole(tmp_path, t
         write(folder)
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         assert all(path.stat().st_mode & 0o777 == 0o666 & ~umask() for path in folder.iterdir())
-        with limited(resource.RLIMIT_FSIZE, 5_000):
+        largest = max(folder.iterdir(), key=lambda path: path.stat().st_size)
+        with limited(resource.RLIMIT_FSIZE, largest.stat().st_size - 1):
             assert exit_status(partial(write, folder)) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and "File too large" in error
-        assert {path.name: path.read_bytes() for path in folder.iterdir()
-                if path.suffix != ".part"} == before, name
-        assert name == "base" or not list(folder.glob("*.part")), name
+        assert capsys.readouterr().err == "error: [Errno 27] File too large" + (
+            f": '{largest}'\n" if name != "base" else "\n")
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, name
+
+
+def test_a_run_on_a_full_disk_names_the_log_and_how_to_go_on(tmp_path, capsys):
+    """Whatever is written while it is tuned, the log for each step."""
+    def work():
+        with resumable(tmp_path), open_log(tmp_path, Progress()) as log:
+            while True:
+                write_line(log, {"step": 1})
+    with limited(resource.RLIMIT_FSIZE, 100):
+        assert exit_status(work) == 2
+    assert capsys.readouterr().err == (
+        f"error: [Errno 27] File too large: '{tmp_path / 'log.jsonl'}'; once that is mended, "
+        f"--resume {tmp_path} continues\n")
+
+    def closed():
+        with resumable(tmp_path):
+            raise BrokenPipeError
+    assert exit_status(closed) == 141 and not capsys.readouterr().err
 
 
 def test_of_several_processes_the_first_tells_a_fault_and_the_others_give_it_time(monkeypatch,
                                                                                   capsys):
-    waited = []
+    waited, numbers = [], [1, 1, 1, 0]
     monkeypatch.setattr("support.terminal.time.sleep", waited.append)
+    monkeypatch.setattr("support.terminal.joined", lambda: contextlib.nullcontext(numbers.pop(0)))
     monkeypatch.setenv("RANK", "1")
     assert exit_status(lambda: print("not shown")) == 0
     assert exit_status(stops(ValueError("no such beam"))) == 2 and waited == [3]
@@ -133,16 +158,27 @@ def test_sigterm_stops_a_command_as_ctrl_c_does(capsys):
 
 PRINTS = ("import sys; sys.path.insert(0, '.'); from support.terminal import exit_status; "
           "from tqdm import tqdm; "
-          "sys.exit(exit_status(lambda: [print(i) for i in tqdm(range(100_000), disable=None)]))")
+          "sys.exit(exit_status(lambda: [print(i) for i in tqdm(range({}), disable=None)]))")
 
 
-@pytest.mark.parametrize("shell, out", [
-    ("| head -1; echo ${PIPESTATUS[0]}", "0\n141\n"),       # a reader who has had enough
-    ("2>&- >&-; echo $?", "0\n")])
-def test_a_closed_end_is_borne_without_a_word(shell, out):
-    done = subprocess.run(f'"{sys.executable}" -c "{PRINTS}" {shell}', shell=True, cwd=ROOT,
-                          executable="/bin/bash", capture_output=True, text=True)
-    assert done.stdout == out and done.stderr == ""
+FULL = "[Errno 28] No space left on device: 'standard output'"
+
+
+@pytest.mark.parametrize("lines, shell, out, error", [
+    (100_000, "| head -1; echo ${PIPESTATUS[0]}", "0\n141\n", ""),     # who has had enough
+    (100_000, "2>&- >&-; echo $?", "0\n", ""), (3, ">/dev/full; echo $?", "2\n", f"error: {FULL}\n")])
+def test_a_closed_end_is_borne_without_a_word_and_a_full_disk_is_told(lines, shell, out, error):
+    done = subprocess.run(f'"{sys.executable}" -c "{PRINTS.format(lines)}" {shell}', shell=True,
+                          cwd=ROOT, executable="/bin/bash", capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (out, error)
+
+
+def test_a_long_line_that_does_not_fit_a_disk_is_told():
+    with open("/dev/full", "w") as full, pytest.raises(OSError, match=re.escape(FULL)):
+        try:
+            Visible(full).write("x" * 10**5)
+        finally:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
 
 
 # ------------------------------------------------------------ What is printed
@@ -158,6 +194,37 @@ def test_characters_that_steer_a_terminal_are_shown_and_others_left_alone(raw, s
     assert exit_status(stops(ValueError(raw))) == 2
     out, error = capsys.readouterr()
     assert out == shown and error == f"error: {shown.strip()}\n"
+
+
+@pytest.mark.parametrize("encoding, printed, refused", [
+    ("ascii", b"Am?lie ? \\x1b ?", b"error: Am\\xe9lie\n"),
+    ("latin-1", b"Am\xe9lie ? \\x1b ?", b"error: Am\xe9lie\n"),
+    ("utf-8", "Amélie λ \\x1b 映".encode(), "error: Amélie\n".encode())])
+def test_a_terminal_without_a_character_shows_another_one(monkeypatch, encoding, printed, refused):
+    streams = {"stdout": io.TextIOWrapper(io.BytesIO(), encoding, "strict"),    # as Python opens
+               "stderr": io.TextIOWrapper(io.BytesIO(), encoding, "backslashreplace")}      # them
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    assert exit_status(lambda: print("Amélie λ \x1b 映", end="")) == 0
+    assert exit_status(stops(ValueError("Amélie"))) == 2
+    with pytest.raises(SystemExit, match="0"):
+        Parser("walk.py", description="λ").parse_args(["--help"])
+    for stream in streams.values():
+        stream.flush()
+    assert streams["stdout"].buffer.getvalue().startswith(printed + b"usage: walk.py")
+    assert streams["stderr"].buffer.getvalue() == refused
+
+
+def test_a_command_in_a_locale_without_unicode(tmp_path):
+    """Its help has λ, and the path in an error is no ASCII."""
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
+                                "PYTHONIOENCODING": ""}
+    help, error = (subprocess.run([sys.executable, "cetrec.py", *argv], cwd=ROOT, env=environment,
+                                  capture_output=True)
+                   for argv in (["--help"], ["--eval-only", tmp_path / "Amélie"]))
+    assert help.returncode == 0 and b"--lambda-ct ? " in help.stdout and help.stderr == b""
+    assert error.returncode == 2 and error.stdout == b"" and error.stderr.count(b"\n") == 1
+    assert b"Am\\udcc3\\udca9lie/run.json: not found" in error.stderr
 
 
 def test_an_error_is_one_line_of_bounded_length_with_its_beginning_and_its_end(capsys):

@@ -1,12 +1,14 @@
-"""Titles typed by hand become items of the catalogue; lists of both worlds become a table."""
+"""A finished run for a live user: titles typed by hand go in, ten titles come out."""
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
+from support.trie import ExactTitles
 
-from evaluate import Lists
+LONGEST = 10        # of a history, as data.make_sequences makes them
 
 # Catalogues write "Matrix, The"; people type "The Matrix".
 ARTICLE = re.compile(r"^(.*), (The|A|An|Le|La|Les|Der|Die|Das|Il|El)$")
@@ -14,23 +16,29 @@ ARTICLE = re.compile(r"^(.*), (The|A|An|Le|La|Les|Der|Die|Das|Il|El)$")
 
 def title_forms(title: str) -> set[str]:
     """The ways in which a title may be typed: with and without its year, its article in front or
-    left out; in lower case."""
+    left out; all of them plain."""
     bare = re.sub(r"\s*\(\d{4}\)$", "", title)
     turned, year = ARTICLE.sub(r"\2 \1", bare), title[len(bare):]
-    return {form.casefold() for form in (title, bare, turned, turned + year,
-                                         ARTICLE.sub(r"\1", bare))}
+    return {plain(form) for form in (title, bare, turned, turned + year,
+                                     ARTICLE.sub(r"\1", bare))}
+
+
+def plain(text: str) -> str:
+    """Without capitals, accents and blanks around it: "Amélie " -> "amelie"."""
+    letters = unicodedata.normalize("NFKD", text.strip().casefold())
+    return "".join(letter for letter in letters if not unicodedata.combining(letter))
 
 
 def find_title(text: str, titles: Sequence[str], forms: dict[str, set[int]]) -> set[int]:
     """The items that may be meant. forms: a way to type a title -> items.
 
-    The first of these that finds something decides: the very title, the title in other case, one
-    of its forms, forms that differ by small slips, forms that contain the text.
+    The first of these that finds something decides: the very title, the title but for case and
+    accents, one of its forms, forms that differ by small slips, forms that contain the text.
     """
-    key = text.strip().casefold()
+    key = plain(text)
     named = forms.get(key, set())
     found = ({i for i in named if titles[i] == text}
-             or {i for i in named if titles[i].casefold() == key} or named)
+             or {i for i in named if plain(titles[i]) == key} or named)
     if not found:
         near = difflib.get_close_matches(key, forms, n=50, cutoff=0.7)
         score = [difflib.SequenceMatcher(None, form, key).ratio() for form in near]
@@ -44,8 +52,8 @@ def resolve_titles(typed: Sequence[str], titles: Sequence[str]) -> list[int]:
 
     Raises ValueError that lists the candidates of an ambiguous title or names an unknown one.
     """
-    if not 1 <= len(typed) <= 10:
-        raise ValueError(f"{len(typed)} titles; wanted 1 to 10, the newest last")
+    if not typed or isinstance(typed, str):
+        raise ValueError(f"{typed!r}: wanted a list of titles, the newest last")
     forms: dict[str, set[int]] = {}
     for item, title in enumerate(titles):
         for form in title_forms(title):
@@ -65,24 +73,21 @@ def resolve_titles(typed: Sequence[str], titles: Sequence[str]) -> list[int]:
     return history
 
 
-def side_by_side(titles: Sequence[str], factual: Lists, erased: Lists, length: int = 10,
-                 answer: int | None = None) -> str:
-    """The first titles of one history's lists in both worlds, with their probabilities.
+@dataclass(frozen=True)
+class TitleRecommender:
+    """Every title of the catalogue is scored; the ten most likely ones are recommended."""
 
-    The answer, where it is given, is marked by *.
-    """
-    def cell(lists: Lists, rank: int) -> str:
-        """A title with its probability, or blanks where the list has ended."""
-        item = lists.items[0, rank] if rank < lists.items.shape[1] else -1
-        if item < 0:
-            return " " * 46
-        title = titles[item] if len(titles[item]) <= 34 else titles[item][:33] + "…"
-        percent = 100 * np.exp(lists.log_p[0, rank])
-        return (f"{'*' if item == answer else ' '} {title:<34}"
-                f"{percent:>8{'.3f' if percent >= 0.001 else '.0e'}} %")
-    lines = [f"    {'factual world':<36}{'p(title)':>10}   {'erased world':<36}{'p(title)':>10}"]
-    lines += [f"{rank + 1:>2}  {cell(factual, rank)}   {cell(erased, rank)}".rstrip()
-              for rank in range(length)]
-    if answer is not None:
-        lines.append(f"* the answer: {titles[answer]}")
-    return "\n".join(lines)
+    exact: ExactTitles
+
+    def history(self, titles: Sequence[str]) -> list[int]:
+        """The items of the newest ten titles, as no longer history was tuned on.
+
+        titles: oldest first. Raises ValueError as resolve_titles does.
+        """
+        return resolve_titles(titles, self.exact.catalogue.titles)[-LONGEST:]
+
+    def __call__(self, titles: Sequence[str]) -> list[tuple[str, float]]:
+        """(title, log p) of ten titles, best first, for a history of titles, oldest first."""
+        ten = self.exact([self.history(titles)])
+        return [(self.exact.catalogue.titles[item], log_p) for item, log_p in
+                zip(ten.items[0].tolist(), ten.log_p[0].tolist()) if item >= 0]
