@@ -380,10 +380,11 @@ def tune_and_evaluate(inputs: runs.RunInputs, model: TemporalLlama,
           f"them warm-up{' | compiled blocks' * compiled}")
     tuning = Tuning(options.lambda_ct, options.lr, options.batch_size, steps, warmup, options.seed,
                     options.micro_batch, options.recompute, compiled)
-    found = train(model, train_set, valid_set.sample(1_000, options.seed), inputs.tokenizer, tuning,
-                  folder, inputs.record["settings"], loss)
-    results, arrays = evaluate(inputs, model, recommenders)
-    runs.finish(folder, inputs.record | {"tuning": found} | results, arrays, inputs.splits[2])
+    with runs.at_work(folder):
+        found = train(model, train_set, valid_set.sample(1_000, options.seed), inputs.tokenizer,
+                      tuning, folder, inputs.record["settings"], loss)
+        results, arrays = evaluate(inputs, model, recommenders)
+        runs.finish(folder, inputs.record | {"tuning": found} | results, arrays, inputs.splits[2])
     print(f"its tables and figures: python -m experiments.report {str(folder)!r}")
 
 
@@ -393,8 +394,7 @@ def tune(inputs: runs.RunInputs, out: Path, folder: Path | None = None) -> Path:
     runs.add_factors(model.llama, inputs.options)
     recommenders = make_recommenders(model, inputs.catalogue, inputs.options)
     folder = folder or runs.start(out, inputs.options.temporal, inputs)
-    with runs.resumable(folder):
-        tune_and_evaluate(inputs, model, recommenders, folder)
+    tune_and_evaluate(inputs, model, recommenders, folder)
     return folder
 
 

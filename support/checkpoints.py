@@ -25,8 +25,8 @@ from support.files import read_object
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-WEB_PAGE = "something else came, perhaps the page of a network that wants a log-in first"
 WEIGHT_FILES = ["model.safetensors.index.json", "model.safetensors", "model-*.safetensors"]
+WEB_PAGE = "something else came, perhaps the page of a network that wants a log-in first"
 
 
 def find_checkpoint(name: str) -> Path:
@@ -50,7 +50,7 @@ def find_checkpoint(name: str) -> Path:
         print(f"{name}: the Hub does not list its files; taking those in the Hub's cache, {folder}")
         check_config(folder)
         return folder
-    names = [file.rfilename for file in info.siblings]
+    names = [file.rfilename for file in info.siblings or ()]
     require("config.json" in names, f"{name}: has no config.json, so it is not a checkpoint folder")
     wanted = [f for pattern in SMALL_FILES + WEIGHT_FILES for f in names if fnmatch(f, pattern)]
     for file in tqdm(wanted, desc=name, unit="file", leave=False):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 from safetensors.numpy import save
 
 from support.processes import rank
@@ -25,6 +26,29 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """In this context no other process works on the folder. Of several processes of one run the
+    first one keeps it for all.
+
+    Raises ValueError if another one is at work there, unless that is to be waited for.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        if rank() == 0:
+            lock.acquire(blocking=False)
+    except Timeout:
+        if not wait:
+            raise ValueError(f"{folder}: another process is at work on this folder; wait for it, "
+                             "or stop it") from None
+        print(f"waiting for another process that is at work on {folder}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_whole(path: Path, content: bytes) -> None:

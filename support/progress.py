@@ -3,7 +3,6 @@
 A checkpoint is safetensors with a checksum of all that is in it; nothing is unpickled.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -56,35 +55,14 @@ class Progress:
 # The log
 
 
-def lock(file: TextIO, wait: bool = False) -> None:
-    """Keep other processes from working in the folder of an open file until it is closed.
-
-    Raises ValueError if one is at work there now, unless that is to be waited for.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        folder = Path(file.name).parent
-        if not wait:
-            raise ValueError(f"{folder}: another process is at work on this folder; wait for it, "
-                             "or stop it") from None
-        print(f"waiting for another process that is at work on {folder}")
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-
 def open_log(folder: Path, progress: Progress) -> TextIO:
-    """log.jsonl, cut back to where the checkpoint was, and locked until it is closed.
+    """log.jsonl, cut back to where the checkpoint was.
 
     Processes other than the first one write to a file that nobody reads.
     """
     if rank():
         return tempfile.TemporaryFile("w", encoding="utf-8")
     log = open_own(folder / "log.jsonl")
-    try:
-        lock(log)
-    except ValueError:
-        log.close()
-        raise
     whole = (folder / "log.jsonl").read_bytes()[:progress.log_length].rfind(b"\n") + 1
     if whole < progress.log_length:
         print(f"{log.name} has lost some of the {progress.log_length:,} bytes that it had; the "

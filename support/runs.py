@@ -41,12 +41,16 @@ from support.checkpoints import (check_checkpoint, check_config, check_context, 
 from support.counting import format_table, known
 from support.datasets import (FORMATS, TABLE_2, counts, describe_times, in_words,
                               load_interactions, prepare)
-from support.files import naming, read_object, save_arrays, write_json, write_whole
+from support.files import (locked, naming, read_object, save_arrays, write_json,
+                           write_whole)
 from support.options import EVALUATION, Options, as_flag
 from support.machine import choose_device, choose_kernels
 from support.processes import agreed, first_process_first, processes, rank
 from support.synthetic import SyntheticWorld
 from support.tiny import TINY_BASES, TinyBase, tiny_base
+
+
+COMPLETE = "{}: this run is complete; --eval-only evaluates it again"
 
 
 @dataclass(frozen=True)
@@ -188,16 +192,26 @@ def show_prompt(tokenizer: Tokenizer, example: Example) -> str:
 
 
 @contextmanager
-def resumable(folder: Path) -> Iterator[None]:
-    """An interruption in this context, and an error of the system, say how to continue."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"continue with --resume {folder}") from None
-    except BrokenPipeError:         # who reads the output has had enough
-        raise
-    except OSError as error:        # a full disk above all
-        raise OSError(f"{error}; once that is mended, --resume {folder} continues") from None
+def at_work(folder: Path) -> Iterator[None]:
+    """In this context nobody else works on a run, from its first step to its last result.
+
+    An interruption, and an error of the system, say how to continue. Raises ValueError if another
+    process is at work there, or has completed the run since it was read.
+    """
+    with locked(folder):
+        record = read_object(folder / "run.json")
+        if "rows" in record:
+            raise ValueError(COMPLETE.format(folder))
+        ours = record["method"] == "cetrec"         # a baseline's run cannot be continued
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"continue with --resume {folder}" if ours else "") from None
+        except BrokenPipeError:         # who reads the output has had enough
+            raise
+        except OSError as error:        # a full disk above all
+            again = f"; once that is mended, --resume {folder} continues" if ours else ""
+            raise OSError(f"{error}{again}") from None
 
 
 def new_folder(out: Path, name: str) -> Path:
@@ -244,8 +258,8 @@ def finish(folder: Path, record: dict, arrays: dict, sequences: Sequences,
     write_whole(folder / f"{prefix}recommendations.csv",
                 recommendations(record["best"], arrays, sequences).encode())
     write_json(folder / f"{name}.json", record)
-    if name == "run":
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    for done in ("checkpoint.safetensors", ".lock") if name == "run" else ():
+        (folder / done).unlink(missing_ok=True)
     print(f"{record['protocol']}\n{format_table(record['rows'])}")
     if "effect" in record:
         effect, error = record["effect"]
@@ -305,7 +319,7 @@ def read_run(folder: Path, flags: dict, command: str = "--eval-only") -> tuple[O
         raise ValueError(f"{record}: not the record of a run of this version ({error!r})") from None
     options.check_use(flags)
     if command == "--resume" and ended:
-        raise ValueError(f"{folder}: this run is complete; --eval-only evaluates it again")
+        raise ValueError(COMPLETE.format(folder))
     if command != "--resume" and not ended:        # temporal.json is the last file of an adapter
         if not (folder / "temporal.json").is_file():
             raise ValueError(f"{folder}: interrupted before its first epoch ended, so it has no "

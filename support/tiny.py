@@ -21,7 +21,7 @@ from data import IGNORE, NO_ITEM, Batch, Sequences, Tokenizer, batches, build_pr
 from llama import Llama, LlamaConfig, causal_mask, save_llama, token_positions
 from support import progress
 from support.checkpoints import check_context
-from support.files import naming, open_own, write_json, write_whole
+from support.files import locked, naming, write_json, write_whole
 from support.processes import agreed, first_process_first
 
 
@@ -130,8 +130,7 @@ def make(folder: Path, tokenizer: Tokenizer, train_set: Sequences, seed: int,
         return
     heads = recipe.num_attention_heads
     folder.mkdir(parents=True, exist_ok=True)
-    with open_own(folder / "lock") as file:
-        progress.lock(file, wait=True)
+    with locked(folder, wait=True):
         if not (folder / "config.json").is_file():          # else another process has made it
             torch.manual_seed(seed)
             llama = Llama(LlamaConfig(
@@ -156,7 +155,7 @@ def write_base(llama: Llama, tokenizer: Tokenizer, folder: Path) -> None:
         write_json(folder / name, content)
     with naming(folder / "model.safetensors"):
         save_llama(llama, folder)
-    for name in ("log.jsonl", "checkpoint.safetensors", "lock"):
+    for name in ("log.jsonl", "checkpoint.safetensors", ".lock"):
         (folder / name).unlink(missing_ok=True)
 
 

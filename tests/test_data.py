@@ -477,6 +477,23 @@ def test_what_a_post_processor_adds_stands_before_the_text_and_is_in_the_embeddi
         read_tokenizer(folder)
 
 
+def test_a_tokenizer_that_does_not_know_letters_is_refused(tmp_path):
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.add_special_tokens(["<e>"])
+    with pytest.raises(ValueError, match=r"tokenizer.json: it turns 'a' into \[\]"):
+        read_tokenizer(checkpoint_tokenizer(tmp_path, bpe, config={"eos_token_id": 0}))
+
+
+def test_a_folder_may_have_a_name_that_is_no_text(tmp_path, tokenizer):
+    """Linux allows any bytes, and in a locale without Unicode every é is such a byte."""
+    folder = tmp_path / "\udcff"
+    folder.mkdir()
+    checkpoint_tokenizer(tmp_path, tokenizer.bpe, config={"eos_token_id": 1})
+    for path in tmp_path.glob("*.json"):
+        path.rename(folder / path.name)
+    assert read_tokenizer(folder).eos_ids == (1,)
+
+
 def test_damaged_tokenizer_files_are_one_clear_error(tmp_path, tokenizer):
     with pytest.raises(FileNotFoundError, match="tokenizer.json: not found"):
         read_tokenizer(tmp_path)

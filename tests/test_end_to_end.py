@@ -321,19 +321,58 @@ def test_an_interrupted_command_says_how_to_go_on_and_goes_on(finished, tmp_path
         assert main(["--resume", str(broken)]) == 130 and len(steps) == 4 + 3
     assert main(["--eval-only", str(broken)]) == 0              # looks, and changes nothing
     assert f"{broken} is not complete; this takes its best epoch" in capsys.readouterr().out
-    (broken / "eval.json").unlink()
-    (broken / "eval-evaluation.safetensors").unlink()
+    for path in broken.glob("eval*"):
+        if path.name != "evaluation.safetensors":
+            path.unlink()
     assert main(["--resume", str(broken)]) == 0 and len(steps) == 4 + 3
     whole, again = (read_json(folder / "run.json") for folder in (finished, broken))
     for part in ("protocol", "rows", "effect", "options", "counts"):
         assert again[part] == whole[part], part
     assert log_of(broken) == log_of(finished)
-    assert contents(broken).keys() == contents(finished).keys() - {"eval.json",
-                                                                   "eval-evaluation.safetensors"}
+    assert contents(broken).keys() == {name for name in contents(finished)
+                                       if not name.startswith(("eval.", "eval-"))}
     for name in ("adapter_model.safetensors", "evaluation.safetensors"):
         assert (finished / name).read_bytes() == (broken / name).read_bytes()
     assert main(["--resume", str(broken)]) == 2
     assert "this run is complete; --eval-only evaluates it again" in capsys.readouterr().err
+
+
+def test_a_run_that_evaluates_is_not_resumed_beside_it(tmp_path, capsys, monkeypatch):
+    """Whoever tries is told so, and the run ends as if nobody had tried."""
+    evaluate, tried = cetrec.result_table, []
+
+    def tried_meanwhile(*inputs):
+        tried.append(main(["--resume", str(tmp_path / "synthetic-rope-1")]))
+        return evaluate(*inputs)
+    monkeypatch.setattr(cetrec, "result_table", tried_meanwhile)
+    assert main([*ONE_STEP, "--out", str(tmp_path)]) == 0 and tried == [2]
+    assert "another process is at work on this folder" in capsys.readouterr().err
+    run = tmp_path / "synthetic-rope-1"
+    assert "rows" in read_json(run / "run.json") and len(log_of(run)) == 2
+    assert not (run / ".lock").exists() and not (run / "checkpoint.safetensors").exists()
+
+
+def test_a_run_that_was_completed_after_it_was_read_stays_as_it_is(tmp_path, capsys, monkeypatch):
+    """The second command reads run.json, the first one ends, and the second one goes on."""
+    make, run = cetrec.make_recommenders, tmp_path / "synthetic-rope-1"
+    with monkeypatch.context() as patch:
+        patch.setattr(cetrec, "result_table", lambda *inputs: signal.raise_signal(signal.SIGINT))
+        assert main([*ONE_STEP, "--out", str(tmp_path)]) == 130
+    completed = []
+
+    def complete_meanwhile(*inputs):
+        if not completed:
+            completed.append(True)
+            assert main(["--resume", str(run)]) == 0
+            completed.append(contents(run))
+        return make(*inputs)
+    monkeypatch.setattr(cetrec, "make_recommenders", complete_meanwhile)
+    capsys.readouterr()
+    assert main(["--resume", str(run)]) == 2
+    assert "this run is complete; --eval-only evaluates it again" in capsys.readouterr().err
+    after = contents(run)
+    after.pop(".lock", None)
+    assert after == completed[1]
 
 
 # ------------------------------------------------------------ Flags, bases, data

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from support.files import locked
 from support.progress import (Progress, load_checkpoint, log_step, log_validation, open_bar,
                               open_log, save_checkpoint)
 from support.runs import new_folder
@@ -160,14 +161,21 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
     assert load_checkpoint(tmp_path, optimizer_of(1.0)).validation == [0.5]
 
 
-def test_two_at_once_get_two_folders_but_not_one_log(tmp_path):
+def test_two_at_once_get_two_folders_but_do_not_work_on_one(tmp_path):
     with ThreadPoolExecutor(8) as threads:
         folders = list(threads.map(lambda _: new_folder(tmp_path, "run"), range(40)))
     assert sorted(folders) == sorted(tmp_path / f"run-{n}" for n in range(1, 41))
-    with open_log(tmp_path, Progress()) as log:
-        log.write("kept\n")
-        log.flush()
-        with pytest.raises(ValueError, match="another process is at work on this folder"):
-            open_log(tmp_path, Progress())
-    assert (tmp_path / "log.jsonl").read_text() == "kept\n"
-    open_log(tmp_path, Progress()).close()
+
+    def waits():
+        with locked(tmp_path, wait=True):
+            return "its turn"
+    with ThreadPoolExecutor(1) as thread:
+        with locked(tmp_path):
+            with pytest.raises(ValueError, match="another process is at work on this folder"):
+                with locked(tmp_path):
+                    pass
+            waiting = thread.submit(waits)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+        assert waiting.result(timeout=30) == "its turn"
+

@@ -21,7 +21,7 @@ from llama import Llama, save_llama
 from lora import add_lora
 from support.files import save_arrays, write_json
 from support.progress import Progress, open_log, write_line
-from support.runs import resumable, save_adapter
+from support.runs import at_work, save_adapter
 from support.tiny import write_base
 from support.terminal import LONGEST, Parser, Visible, exit_status, one_line, visible
 
@@ -106,9 +106,11 @@ def test_a_disk_that_is_full_is_one_line_and_what_was_there_is_whole(tmp_path, t
 
 
 def test_a_run_on_a_full_disk_names_the_log_and_how_to_go_on(tmp_path, capsys):
-    """Whatever is written while it is tuned, the log for each step."""
+    """Whatever is written while it is tuned, the log for each step. Baselines cannot go on."""
+    write_json(tmp_path / "run.json", {"method": "cetrec"})
+
     def work():
-        with resumable(tmp_path), open_log(tmp_path, Progress()) as log:
+        with at_work(tmp_path), open_log(tmp_path, Progress()) as log:
             while True:
                 write_line(log, {"step": 1})
     with limited(resource.RLIMIT_FSIZE, 100):
@@ -118,7 +120,7 @@ def test_a_run_on_a_full_disk_names_the_log_and_how_to_go_on(tmp_path, capsys):
         f"--resume {tmp_path} continues\n")
 
     def closed():
-        with resumable(tmp_path):
+        with at_work(tmp_path):
             raise BrokenPipeError
     assert exit_status(closed) == 141 and not capsys.readouterr().err
 
@@ -169,7 +171,8 @@ FULL = "[Errno 28] No space left on device: 'standard output'"
     (100_000, "2>&- >&-; echo $?", "0\n", ""), (3, ">/dev/full; echo $?", "2\n", f"error: {FULL}\n")])
 def test_a_closed_end_is_borne_without_a_word_and_a_full_disk_is_told(lines, shell, out, error):
     done = subprocess.run(f'"{sys.executable}" -c "{PRINTS.format(lines)}" {shell}', shell=True,
-                          cwd=ROOT, executable="/bin/bash", capture_output=True, text=True)
+                          cwd=ROOT, executable="/bin/bash", capture_output=True, text=True,
+                          env=os.environ | {"PYTHONUNBUFFERED": ""})
     assert (done.stdout, done.stderr) == (out, error)
 
 
