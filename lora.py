@@ -184,7 +184,8 @@ def save_lora(model: nn.Module, folder: str | Path, base_model: str | None = Non
     """Write adapter_model.safetensors and adapter_config.json.
 
     Both are written in a new folder first and then moved, so neither is ever half-written, and
-    nothing is written through a link. base_model: its folder or Hub name, which peft reads as `base_model_name_or_path`.
+    nothing is written through a link. base_model: its folder or Hub name, which peft reads as
+    `base_model_name_or_path`.
     """
     folder, tensors = Path(folder), _tensors(model)
     if not tensors:

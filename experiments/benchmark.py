@@ -319,7 +319,6 @@ def tuning(options) -> None:
                 lambda examples, step=step, rows=rows: step(examples, rows))
         times = race(contenders, rounds)
         show(times, B, "sequences")
-        row("losses of the first round", *(f"{t.results[0]:.4f}" for t in times.values()))
         with FlopCounterMode(display=False) as counter:
             contenders["ours"](rounds[-1])
         rate, batch = matrix_rate(options.device), collate(rounds[-1])

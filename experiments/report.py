@@ -29,6 +29,7 @@ from support.runs import read_catalogue
 from support.terminal import Parser, exit_status, visible
 
 ORDERS = ("original", "reversed", "shuffled")           # of test histories
+LOSSES = {"loss", "loss_ta", "loss_ct", "validation_ta"}
 KINDS = {"beams, grounded": "beams", "beams on titles": "titles", "all titles scored": "exact"}
 SHAPES = {"method": str, "options": dict, "counts": dict, "protocol": str, "arrays": str,
           "rows": dict, "evaluated": str, "vocabulary": int, "versions": dict, "settings": dict,
@@ -132,7 +133,7 @@ def is_number(x) -> bool:
 def read_record(path: Path) -> dict:
     """What run.json or eval.json holds; without "rows" if the run is not complete."""
     record = read_object(path)
-    for key in ("method", "options", "counts", *(("protocol", "arrays") * ("rows" in record))):
+    for key in ["method", "options", "counts"] + ["protocol", "arrays"] * ("rows" in record):
         record[key]
     for key in record.keys() & SHAPES.keys():
         if type(record[key]) is not SHAPES[key]:
@@ -141,7 +142,7 @@ def read_record(path: Path) -> dict:
     options = record["options"]
     Options.from_record(defaults(Options) | {name: options[name] for name in USED})
     if not is_number(record["counts"]["test"]) or record.get("vocabulary", 1) < 1:
-        raise ValueError("its counts are no numbers")
+        raise ValueError("its vocabulary or its test sequences are no number")
     for row, found in record.get("rows", {}).items():
         if type(found) is not dict or found.keys() != METRICS.keys() or not all(
                 type(score) is list and len(score) == 2 and all(map(is_number, score))
@@ -174,12 +175,11 @@ def lists_in(arrays: dict[str, np.ndarray]) -> list[str]:
 
 def read_log(path: Path) -> list[dict]:
     """The lines of log.jsonl: of a step with its losses, or of an epoch with its validation."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     for line in lines:
-        keys = ("loss_ta", "loss_ct") if "loss_ta" in line else ("validation_ta",)
-        numbers = [line["step"], *(line[key] for key in keys)]
-        if not all(is_number(x) or x is None and key == "loss_ct"
-                   for key, x in zip(("step", *keys), numbers)):        # None where λ = 0
+        keys = {"step"} | LOSSES & line.keys() | ({"loss_ct"} if "loss_ta" in line else set())
+        if not all(is_number(line[key]) or line[key] is None and key == "loss_ct"      # for λ = 0
+                   for key in sorted(keys)):
             raise ValueError(f"{line!r:.60} has other values than numbers")
     return lines
 
@@ -214,7 +214,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     runs = [Run.from_folder(folder) for folder in folders]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
-        names = [f"{Path(folder).resolve().parent.name}-{name}"
+        names = [f"{visible(Path(folder).resolve().parent.name)}-{name}"
                  for folder, name in zip(folders, names)]
     for i, name in enumerate(names):
         if name in names[:i]:

@@ -34,7 +34,7 @@ from evaluate import FEWEST, METRICS
 from experiments import figures, readings
 from experiments.cells import Cells
 from experiments.markup import head, md
-from experiments.report import (Run, on_common, paired, read, read_log, read_record,
+from experiments.report import (LOSSES, Run, on_common, paired, read, read_log, read_record,
                                 telling_user)
 from support.checkpoints import find_checkpoint
 from support.files import read_object, write_whole
@@ -448,7 +448,7 @@ def results(folder: Path) -> dict[str, dict[tuple, float]]:
     log = read(folder / "log.jsonl", read_log, "its losses are compared, so copy it from where the "
                "run was made")
     return {"losses": {(line["step"], key): line[key] for line in log
-                       for key in ("loss", "loss_ta", "loss_ct", "validation_ta") if key in line},
+                       for key in sorted(LOSSES) if line.get(key) is not None},
             "metrics": {(row, metric): mean for row, scores in rows.items()
                         for metric, (mean, _) in scores.items()}}
 

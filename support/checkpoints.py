@@ -24,8 +24,8 @@ from llama import Llama, LlamaConfig, find_tensors, read_tensor
 from support.files import read_object
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-WEIGHT_FILES = ["model.safetensors.index.json", "model.safetensors", "model-*.safetensors"]
+FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+         "model.safetensors.index.json", "model.safetensors", "model-*.safetensors"]
 WEB_PAGE = "something else came, perhaps the page of a network that wants a log-in first"
 
 
@@ -46,13 +46,12 @@ def find_checkpoint(name: str) -> Path:
         cached = try_to_load_from_cache(name, "config.json")
         if not isinstance(cached, str):
             raise
-        folder = Path(cached).parent
-        print(f"{name}: the Hub does not list its files; taking those in the Hub's cache, {folder}")
-        check_config(folder)
-        return folder
+        print(f"{name}: the Hub does not list its files; taking what its cache has in "
+              f"{Path(cached).parent}")
+        return Path(cached).parent
     names = [file.rfilename for file in info.siblings or ()]
     require("config.json" in names, f"{name}: has no config.json, so it is not a checkpoint folder")
-    wanted = [f for pattern in SMALL_FILES + WEIGHT_FILES for f in names if fnmatch(f, pattern)]
+    wanted = [f for pattern in FILES for f in names if fnmatch(f, pattern)]
     for file in tqdm(wanted, desc=name, unit="file", leave=False):
         path = Path(ask(hf_hub_download, name, file, filename=file, revision=revision))
         with open(path, "rb") as fetched:
@@ -80,11 +79,10 @@ def ask(request: Callable, name: str, what: str, **settings):
         raise ValueError(
             f"{name}: neither a folder here nor a repository on the Hub. Check the spelling; for a "
             "private one log in with `hf auth login` or set HF_TOKEN") from None
-    except Exception as error:      # the library's, or of the HTTP library below it, or the system's
+    except Exception as error:      # the library's, its HTTP library's or the system's
         cause = error.__cause__ or error
-        reason = (str(cause).strip() or repr(cause)).splitlines()[0]
-        if isinstance(cause, json.JSONDecodeError):
-            reason = WEB_PAGE
+        page = isinstance(cause, json.JSONDecodeError)
+        reason = (WEB_PAGE if page else str(cause).strip() or repr(cause)).splitlines()[0]
         raise ValueError(
             f"{name}: no folder here, not complete in the Hub's cache, and the Hub cannot be "
             f"reached ({ENDPOINT} was asked for {what}: {reason}). Connect, log in, unset "
@@ -110,13 +108,10 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         bpe = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         bpe.encode("a").ids, bpe.decode([0])        # some faults show only in use
-    except Exception as error:      # the library raises nothing more specific
-        raise ValueError(f"{path}: not a tokenizer file ({error})") from None
-    except BaseException as error:  # ... or panics, which is no Exception
-        if type(error).__name__ != "PanicException":
+    except BaseException as error:  # the library raises nothing more specific, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{path}: not a tokenizer file; the tokenizers library fails on it") \
-            from None
+        raise ValueError(f"{path}: not a tokenizer file ({error})") from None
     bpe.no_truncation()             # the file may hold the settings of somebody's last call
     bpe.no_padding()
     whole, text = (bpe.encode("a", add_special_tokens=special) for special in (True, False))

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -66,16 +65,6 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(Path(new, path.name), path)
-
-
-def open_own(path: Path) -> TextIO:
-    """Open a text file to add to it, as a new file if there is none.
-
-    What is a link, of either kind, becomes a copy first, so the file it led to stays as it is.
-    """
-    if path.is_symlink() or path.is_file() and path.stat().st_nlink > 1:
-        write_whole(path, path.read_bytes() if path.is_file() else b"")
-    return open(path, "a", encoding="utf-8")
 
 
 def write_json(path: Path, value) -> None:

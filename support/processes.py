@@ -10,12 +10,13 @@ import math
 import os
 import socket
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import timedelta
+from multiprocessing import TimeoutError
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
@@ -60,27 +61,21 @@ def connect(number: int, N: int) -> None:
     host, port = os.environ.get("MASTER_ADDR"), variable("MASTER_PORT", 1, 65_535)
     if not host:
         raise ValueError(f"the environment variable MASTER_ADDR is not set. {TORCHRUN}")
-    backend, deadline = "gloo", time.monotonic() + PATIENCE
+    backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(variable("LOCAL_RANK", 0, torch.cuda.device_count() - 1))
+    long = timedelta(days=2)    # a process that dies ends the others at once, but a base takes long
     try:
-        while number:           # PyTorch would wait too, but Ctrl-C could not stop it
-            try:
-                socket.create_connection((host, port), timeout=PATIENCE / 10).close()
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
-        store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=PATIENCE)))
-        # A process that dies ends the others at once, so whoever waits may wait long: for a base.
-        dist.init_process_group(backend, store=store, rank=number, world_size=N,
-                                timeout=timedelta(days=2))
-    except (OSError, RuntimeError, ValueError) as error:
+        socket.getaddrinfo(host, port)
+        with ThreadPool(1) as pool:         # because Ctrl-C could not stop PyTorch's own waiting
+            store, *_ = pool.apply_async(next, [rendezvous("env://", timeout=long)]).get(PATIENCE)
+        dist.init_process_group(backend, store=store, rank=number, world_size=N, timeout=long)
+    except (OSError, TimeoutError, RuntimeError, ValueError) as error:
         raise ValueError(f"process {number} of {N} did not find the others at {host}:{port} within "
-                         f"{PATIENCE} s ({error}). They want the same MASTER_ADDR and MASTER_PORT, "
-                         "and to be started together, as torchrun does it") from None
+                         f"{PATIENCE} s ({str(error) or 'no answer'}). They want the same "
+                         "MASTER_ADDR and MASTER_PORT, and to be started together, as torchrun "
+                         "does it") from None
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import IGNORE, Batch, Tokenizer
-from support.files import naming, open_own, save_arrays
+from support.files import naming, save_arrays, write_whole
 from support.machine import peak_memory
 from support.processes import rank
 
@@ -56,19 +56,20 @@ class Progress:
 
 
 def open_log(folder: Path, progress: Progress) -> TextIO:
-    """log.jsonl, cut back to where the checkpoint was.
+    """log.jsonl, cut back to where the checkpoint was. It is a new file, for it may be a link.
 
     Processes other than the first one write to a file that nobody reads.
     """
     if rank():
         return tempfile.TemporaryFile("w", encoding="utf-8")
-    log = open_own(folder / "log.jsonl")
-    whole = (folder / "log.jsonl").read_bytes()[:progress.log_length].rfind(b"\n") + 1
+    path = folder / "log.jsonl"
+    kept = path.read_bytes()[:progress.log_length] if path.is_file() else b""
+    whole = kept.rfind(b"\n") + 1
     if whole < progress.log_length:
-        print(f"{log.name} has lost some of the {progress.log_length:,} bytes that it had; the "
+        print(f"{path} has lost some of the {progress.log_length:,} bytes that it had; the "
               "curves of this run will have a gap, its result will not")
-    log.truncate(whole)
-    return log
+    write_whole(path, kept[:whole])
+    return open(path, "a", encoding="utf-8")
 
 
 def write_line(log: TextIO, values: dict) -> None:

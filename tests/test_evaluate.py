@@ -324,6 +324,23 @@ def test_clean_takes_spaces_and_quotes_off():
 HISTORIES = [[0, 1, 2], [5, 4, 3, 2, 1], [7, 8, 9, 10]]
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_an_error_wherever_they_appear(temporal, tokenizer, value):
+    """In the first token after a prompt, in a later one, and in the embedding of a title."""
+    model, prompts = temporal("none"), prompts_of(tokenizer, HISTORIES[:1])
+    head = model.llama.lm_head.weight
+    clean_row = head[5].clone()
+    for work in (lambda: read_prompts(model, prompts), lambda: beam_search(model, prompts, 2, 3)):
+        head.data[5] = value
+        with pytest.raises(ValueError, match="scores are not finite: float16 or too high a rate"):
+            work()
+        head.data[5] = clean_row
+        work()
+    model.llama.norm.weight.data[:] = value
+    with pytest.raises(ValueError, match="scores are not finite"):
+        embed_titles(model, TITLES, tokenizer)
+
+
 def prompts_of(tokenizer, histories, titles=TITLES):
     """Prompts of the factual world, encoded one by one."""
     examples = [encode_example(tokenizer, [titles[i] for i in h], None) for h in histories]

@@ -641,7 +641,8 @@ ANEW = "python cetrec.py --eval-only"
     ("evaluation.safetensors", "half", ValueError, ANEW),
     ("eval-2.json", b"[]", ValueError, "delete it, and python cetrec.py --eval-only"),
     ("log.jsonl", b'{"step": 1, "loss_ta": "x", "loss_ct": null}\n', ValueError, "other values"),
-    ("log.jsonl", b'{"loss_ta": 1.0}\n', ValueError, "'step' is missing"),
+    ("log.jsonl", b'{"loss": 1.0}\n', ValueError, "'step' is missing"),
+    ("log.jsonl", b'{"step": 1, "loss_ta": 1.0}\n', ValueError, "'loss_ct' is missing"),
 ])
 def test_a_missing_or_damaged_file_of_a_run_is_named_in_one_line(run_folder, tmp_path, capsys, name,
                                                                  content, kind, advice):

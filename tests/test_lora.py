@@ -265,8 +265,8 @@ def test_damaged_factors_are_refused_and_leave_the_model_alone(tmp_path, llama):
         load_lora(twin, tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64,
-                                   torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
+                                   torch.int64, torch.uint8, torch.bool, torch.complex64])
 def test_factors_of_other_types_are_refused_and_those_of_half_precision_are_not(tmp_path, llama,
                                                                                 dtype):
     add_lora(llama)
@@ -274,8 +274,8 @@ def test_factors_of_other_types_are_refused_and_those_of_half_precision_are_not(
     path, twin = tmp_path / "adapter_model.safetensors", Llama(small_config())
     tensors = load_file(path)
     save_file({name: t.to(dtype) if "layers.1" in name else t for name, t in tensors.items()}, path)
-    with pytest.raises(ValueError, match="4 tensors .*not stored as float32, float16 or bfloat16, .*"
-                                         r"layers\.1\.self_attn\.q_proj"):
+    with pytest.raises(ValueError, match="4 tensors .*not stored as float32, float16 or bfloat16, "
+                                         r".*layers\.1\.self_attn\.q_proj"):
         load_lora(twin, tmp_path)
     assert not lora_parameters(twin)
     save_file({name: t.half() for name, t in tensors.items()}, path)

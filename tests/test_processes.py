@@ -191,7 +191,7 @@ def test_on_gpus_the_local_rank_must_be_one_of_them(told, monkeypatch, wrong):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     told(**TWO, **({} if wrong == "not set" else {"LOCAL_RANK": wrong.strip("'")}))
-    with pytest.raises(ValueError, match=f"LOCAL_RANK is {wrong}; wanted a whole number from 0 to 0"):
+    with pytest.raises(ValueError, match=f"LOCAL_RANK is {wrong}; wanted .* from 0 to 0"):
         with joined():
             pytest.fail("it went on")
 
@@ -202,15 +202,15 @@ def test_what_a_cluster_leaves_in_the_environment_does_not_matter_to_one_process
         assert number == 0 and not dist.is_initialized()
 
 
-@pytest.mark.parametrize("rank, reason", [("0", "1/2 clients joined"), ("1", "refused")])
-def test_a_process_that_finds_no_others_gives_up(told, monkeypatch, rank, reason):
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_finds_no_others_gives_up(told, monkeypatch, rank):
     monkeypatch.setattr("support.processes.PATIENCE", 1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     told(**TWO | {"RANK": rank, "MASTER_PORT": str(port)})
     began = time.monotonic()
     with pytest.raises(ValueError, match=f"process {rank} of 2 did not find the others at "
-                                         f"127.0.0.1:{port} within 1 s .*{reason}"):
+                                         f"127.0.0.1:{port} within 1 s .no answer"):
         with joined():
             pytest.fail("it went on")
     assert time.monotonic() - began < 10

@@ -317,8 +317,9 @@ def refused_at_once(folder: Path, capsys, message: str) -> None:
 
 @pytest.mark.parametrize("content, message", [
     (None, "log.jsonl: not found; its losses are compared, so copy it"),
-    ('{"step": 1, "loss_ta": "x"}\n', "log.jsonl: damaged"), ('{"step": 1\n', "log.jsonl: damaged"),
-    ('{"loss_ta": 1.0}\n', "'step' is missing"), ("3\n", "log.jsonl: damaged")])
+    ('{"step": 1, "loss": "x"}\n', "log.jsonl: damaged"), ('{"step": 1\n', "log.jsonl: damaged"),
+    ('{"loss": 1.0}\n', "'step' is missing"),
+    ('{"step": 1, "loss_ta": 1.0}\n', "'loss_ct' is missing"), ("3\n", "log.jsonl: damaged")])
 def test_what_will_be_compared_is_read_before_the_work(copied, capsys, content, message):
     (copied / "log.jsonl").unlink()
     if content:

@@ -168,7 +168,8 @@ FULL = "[Errno 28] No space left on device: 'standard output'"
 
 @pytest.mark.parametrize("lines, shell, out, error", [
     (100_000, "| head -1; echo ${PIPESTATUS[0]}", "0\n141\n", ""),     # who has had enough
-    (100_000, "2>&- >&-; echo $?", "0\n", ""), (3, ">/dev/full; echo $?", "2\n", f"error: {FULL}\n")])
+    (100_000, "2>&- >&-; echo $?", "0\n", ""),
+    (3, ">/dev/full; echo $?", "2\n", f"error: {FULL}\n")])
 def test_a_closed_end_is_borne_without_a_word_and_a_full_disk_is_told(lines, shell, out, error):
     done = subprocess.run(f'"{sys.executable}" -c "{PRINTS.format(lines)}" {shell}', shell=True,
                           cwd=ROOT, executable="/bin/bash", capture_output=True, text=True,

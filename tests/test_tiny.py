@@ -91,13 +91,13 @@ def test_two_processes_that_want_the_same_base_make_it_once(tmp_path):
     assert outs[0].startswith("waiting for another process that is at work on ")
 
 
-def test_a_base_is_made_where_its_files_are_links_and_what_they_lead_to_stays(tmp_path, world_splits):
+def test_a_base_is_made_where_its_files_are_links_which_are_not_followed(tmp_path, world_splits):
     train_set, cpu = world_splits[0], torch.device("cpu")
     whole = tiny_base(tmp_path / "whole", [train_set], 0, cpu, RECIPE)
     folder, users = tmp_path / "linked" / whole.name, tmp_path / "users.txt"
     folder.mkdir(parents=True)
     users.write_text("a file of the user's")
-    for name in ("lock", "log.jsonl", "model.safetensors", "tokenizer.json", "tokenizer.json.part"):
+    for name in ("log.jsonl", "model.safetensors", "tokenizer.json", "tokenizer.json.part"):
         (folder / name).symlink_to(users)
     assert tiny_base(tmp_path / "linked", [train_set], 0, cpu, RECIPE) == folder
     assert users.read_text() == "a file of the user's"

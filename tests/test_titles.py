@@ -52,6 +52,11 @@ def test_a_title_as_it_stands_is_never_ambiguous():
     assert resolve_titles(["HEAT"], ["Heat", "HEAT"]) == [1]
 
 
+def test_accents_do_not_matter_where_other_letters_do():
+    """Without accents it is the title; with them, "Nandx" would be as near."""
+    assert resolve_titles(["nandu"], ["Ñandú", "Nandx"]) == [0]
+
+
 def test_an_article_in_front_goes_with_a_year():
     assert resolve_titles(["The Matrix (1999)"], CATALOGUE) == [0]
 
