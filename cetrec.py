@@ -257,7 +257,7 @@ def batch_gradient(model: TemporalLlama, batch: Batch, rows: int, lambda_ct: flo
     Returns L, L_TA and, where two worlds were run, L_CT; and the rows that did fit.
     """
     while True:
-        total, part = torch.zeros((), device=device_of(model)), batch
+        total, part, losses = torch.zeros((), device=device_of(model)), batch, None   # no old graph
         model.zero_grad()
         try:
             for part, share in processes.my_parts(batch, rows):

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from evaluate import METRICS
-from support.counting import columns, score_rows
+from support.counting import LEGEND, columns, score_rows
 from support.terminal import visible
 
 STYLE = """
@@ -92,7 +92,8 @@ Part = str | tuple
 
 def scores(title: str, rows: dict[str, dict]) -> Part:
     """The table of some rows' scores."""
-    return title, ["", *METRICS], score_rows(rows)
+    lines = score_rows(rows)
+    return title, ["", *METRICS], lines, LEGEND if "–" in str(lines) else ""
 
 
 def as_text(parts: Iterable[Part]) -> str:
@@ -101,7 +102,7 @@ def as_text(parts: Iterable[Part]) -> str:
     for part in parts:
         title, *of_table = (part,) if isinstance(part, str) else part
         lines += ["", title, columns(*of_table[:2])] if of_table else [title]
-        lines += [textwrap.fill(note, 100) for note in of_table[2:]]
+        lines += [textwrap.fill(note, 100) for note in of_table[2:] if note]
     return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ from evaluate import (LENGTH, METRICS, Recommender, Scores, evaluate_order, list
 from support.processes import shared_out
 from support.synthetic import SyntheticWorld, oracle_rows
 
+LEGEND = "–: from fewer than ten hits"
 AT_A_TIME = 2**22       # scores of each baseline that are in memory together, 32 MiB
 
 
@@ -141,7 +142,8 @@ def score_rows(rows: dict[str, Scores]) -> list[list[str]]:
 
 def format_table(rows: dict[str, Scores]) -> str:
     """The scores of some rows as text."""
-    return columns(["", *METRICS], score_rows(rows))
+    text = columns(["", *METRICS], score_rows(rows))
+    return f"{text}\n{LEGEND}" if "–" in text else text
 
 
 def columns(head: list[str], rows: list[list[str]]) -> str:

@@ -199,7 +199,8 @@ def at_work(folder: Path) -> Iterator[None]:
     process is at work there, or has completed the run since it was read.
     """
     with locked(folder):
-        record = read_object(folder / "run.json")
+        with first_process_first():                     # which has just written it
+            record = read_object(folder / "run.json")
         if "rows" in record:
             raise ValueError(COMPLETE.format(folder))
         ours = record["method"] == "cetrec"         # a baseline's run cannot be continued

@@ -462,7 +462,8 @@ class Hub(BaseHTTPRequestHandler):
         self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
     def fail(self, fault: str, path: str):
-        """Say nothing, stop in the middle, send a log-in page with or without the Hub's headers."""
+        """Say nothing, stop in the middle, send a log-in page with or without the Hub's headers,
+        a status, or an answer of another kind."""
         if fault == "silent":
             self.over.wait()
         elif fault == "dropped":
@@ -473,8 +474,10 @@ class Hub(BaseHTTPRequestHandler):
         elif fault.startswith("page"):
             self.send(200, b"<!DOCTYPE html><title>Log in</title>", {
                 "ETag": '"page"', "X-Repo-Commit": self.commit} if "Hub's" in fault else {})
-        else:
+        elif fault.isdecimal():
             self.send(int(fault), b"{}")
+        else:
+            self.send(200, fault.encode())
 
     def send(self, code: int, body: bytes, headers=()):
         self.send_response(code)
@@ -603,6 +606,8 @@ LISTING, CONFIG, WEIGHTS = "GET /someone/llama/revision", "config.json", "model.
     (LISTING, "silent", "the list of its files", "timed out"),
     (LISTING, "dropped", "the list of its files", "peer closed connection|Expecting|Incomplete"),
     (LISTING, "page", "the list of its files", "something else came, perhaps the page of"),
+    (LISTING, "[]", "the list of its files", "list"),
+    (LISTING, "{}", "the list of its files", "id"),
     *((LISTING, code, "the list of its files", code) for code in ("401", "404", "500")),
     (f"GET /someone/llama/resolve/main/{CONFIG}", "page", CONFIG, "should be of size 4"),
     (CONFIG, "page", CONFIG, "does not seem to be"), (WEIGHTS, "401", WEIGHTS, "401"),
@@ -637,10 +642,13 @@ def test_what_the_cache_holds_is_taken_while_the_hub_is_silent(served, tmp_path,
     assert found("someone/llama") == check_checkpoint(tmp_path / "someone" / "llama")
     served.faults[""] = "silent"
     assert found("someone/llama") == check_checkpoint(tmp_path / "someone" / "llama")
-    assert "the Hub does not list its files; taking what its cache has in" in capsys.readouterr().out
+    assert "does not list its files; taking what its cache has in" in capsys.readouterr().out
 
 
 def test_a_repository_without_config_is_no_checkpoint(served, tmp_path):
+    served.faults[LISTING] = '{"id": "someone/llama"}'
+    assert "has no config.json" in found("someone/llama")
+    served.faults.clear()
     (tmp_path / "someone" / "llama" / CONFIG).unlink()
     assert found("someone/llama").startswith("someone/llama: has no config.json, so it is not a")
 

@@ -118,7 +118,8 @@ def test_numbers_from_few_hits_are_dashes_in_their_columns():
     rows = {"beams": dict.fromkeys(METRICS, (0.25, 0.125)) | {"HR@5": (0.001, nan)},
             "beams | change, reversed": dict.fromkeys(METRICS, (-33.25, 2.5)) | {
                 "HR@5": (nan, nan), "NDCG@5": (-100.0, nan)}}
-    head, scores, change = format_table(rows).splitlines()
+    head, scores, change, legend = format_table(rows).splitlines()
+    assert legend == "–: from fewer than ten hits"
     assert scores.split() == ["beams", "0.0010", "±", "–", *["0.2500", "±", "0.1250"] * 3]
     assert change.split() == ["change,", "reversed", "–", "-100.0", "±", "–", "%",
                               *["-33.2", "±", "2.5", "%"] * 2]

@@ -477,6 +477,19 @@ def test_what_a_post_processor_adds_stands_before_the_text_and_is_in_the_embeddi
         read_tokenizer(folder)
 
 
+def test_an_interruption_while_a_tokenizer_is_read_is_none_of_its_faults(tmp_path, tokenizer,
+                                                                         monkeypatch):
+    checkpoint_tokenizer(tmp_path, tokenizer.bpe, config={"eos_token_id": 1})
+
+    class Slow:
+        @staticmethod
+        def from_buffer(content):
+            raise KeyboardInterrupt
+    monkeypatch.setattr("support.checkpoints.tokenizers.Tokenizer", Slow)
+    with pytest.raises(KeyboardInterrupt):
+        read_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_that_does_not_know_letters_is_refused(tmp_path):
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.add_special_tokens(["<e>"])

@@ -876,7 +876,7 @@ def numbers(text: str) -> Counter:
 def rows_of(text: str) -> dict[str, list[float]]:
     """The means of a table of metrics, by the name of their row."""
     return {line[:-68].strip(): [float(mean) for mean in re.findall(r"(\S+) ± ", line)]
-            for line in text.splitlines()[1:]}
+            for line in text.splitlines()[1:] if " ± " in line}
 
 
 def test_groups_are_a_partition_by_length_and_by_what_training_saw(runs):
@@ -1126,6 +1126,8 @@ def test_a_table_of_scores_has_dashes_for_what_few_hits_do_not_tell():
         "beams": of_all | {"HR@10": (0.001, nan)}, "popularity": of_all,
         "beams | change, reversed": of_all | {"HR@5": (-50.0, nan), "HR@10": (nan, nan)}})])
     assert "nan" not in made and "<h3>x</h3>" in made and "<th>popularity</th>" in made
+    assert made.endswith('<p class="note">–: from fewer than ten hits</p>')
+    assert "note" not in as_html([scores("x", {"beams": of_all})])
     assert re.search(r"<tr><th>beams</th><td>0.2500 ± 0.1250</td>.*<td>0.0010 ± +–</td>", made)
     assert '<th class="below">change, reversed</th><td>−50.0 ±   – %</td>' in made
     assert "<td>–</td>" in made

@@ -216,6 +216,13 @@ def test_a_process_that_finds_no_others_gives_up(told, monkeypatch, rank):
     assert time.monotonic() - began < 10
 
 
+def test_an_address_that_is_none_is_named_at_once(told):
+    told(**TWO | {"MASTER_ADDR": "a..b"})
+    with pytest.raises(ValueError, match="did not find the others at a..b:29500 .*idna"):
+        with joined():
+            pytest.fail("it went on")
+
+
 def test_a_wrong_variable_is_one_line_of_a_real_command():
     done = subprocess.run([sys.executable, "cetrec.py"], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"RANK": "abc"})
