@@ -74,7 +74,8 @@ def test_the_help_describes_every_field_exactly_once_with_its_default():
     ("lr", "0.0001; 0.003 with the tiny base; 0.004 with the tiny base on synthetic"),
     ("lora-targets", "q_proj,v_proj; with the tiny base all-linear"), ("lambda-ct", "0.1"),
     ("exclude-history", "yes; no with --keep-repeats"), ("shard", "no"),
-    ("compile", "yes on GPUs where there may be 1,000 steps; else no"), ("data", "synthetic"), ("out", "runs"),
+    ("compile", "yes on GPUs where there may be 1,000 steps; else no"), ("data", "synthetic"),
+    ("out", "runs"),
     ("length-penalty", "1; 0 with the tiny base"), ("lists", "beams,titles"),
     ("sample", "0.1 with movielens and 1/3 with steam, as the paper's text (D4); else 1")])
 def test_the_help_gives_the_default_of_each_preset(name, default):
