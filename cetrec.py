@@ -157,7 +157,7 @@ def twin_forward(model: TemporalLlama, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def answer_log_likelihood(model: TemporalLlama, tokenizer: Tokenizer, sequences: Sequences,
-                          batch_size: int = 64) -> np.ndarray:
+                          batch_size: int = 16) -> np.ndarray:
     """log p of each answer in the factual and in the erased world.  -> (len(sequences), 2)
 
     Their difference is what our report calls the effect of order: Eq. 7 with log p of the whole
@@ -292,8 +292,9 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, toke
     """Tune the factors Φ by Eq. 10. Those of the best epoch, by validation L_TA, stay in the model.
 
     The folder gets log.jsonl, the best adapter with the settings it goes with, and a checkpoint. If
-    it holds a checkpoint, tuning continues from there, to the same factors. Returns steps,
-    validation losses and seconds. Raises ValueError for a gradient or a loss that is not finite.
+    it holds a checkpoint, tuning continues from there, to the same factors if as many rows are
+    worked on at a time. Returns steps, validation losses and seconds. Raises ValueError for a
+    gradient or a loss that is not finite.
     """
     factors, device = tuned_parameters(model), device_of(model)
     optimizer = torch.optim.AdamW(factors, lr=tuning.lr, weight_decay=0.0)
@@ -417,8 +418,9 @@ def load_recommender(folder: str | Path, **flags) -> TitleRecommender:
         recommender = load_recommender("runs/ml-100k-rope-1")
         recommender(["Heat", "Toy Story"])          # oldest first -> [(title, log p), ..]
 
-    flags: device, dtype, model or exclude_history, as the command has them. Raises
-    FileNotFoundError or ValueError if base, adapter, embedding and catalogue do not go together.
+    flags: device, dtype, model or exclude_history, as the command has them. On a GPU, settings of
+    PyTorch's are made for the whole process (machine.choose_kernels). Raises FileNotFoundError or
+    ValueError if base, adapter, embedding and catalogue do not go together.
     """
     options, llama, catalogue, settings = runs.open_base(Path(folder), flags, "a recommender")
     model = tuned_model(Path(folder), options, llama, settings)

@@ -2,17 +2,19 @@
 
     python -m experiments.benchmark                                     this CPU, 10 minutes
     python -m experiments.benchmark tuning --shapes tiny                some of it
-    python -m experiments.benchmark --device cuda --shapes 135m 1b 8b   one GPU, under 8 minutes
+    python -m experiments.benchmark --device cuda --shapes 135m 1b 8b   one GPU, meant for 8 minutes
 
-Every round has prompts of widths that no round before it had, as real batches have. The contenders
-take turns in each round, so that a busy machine slows all alike; a ratio is the median of the
-rounds' ratios. The weights are random, which changes no time. transformers and peft are wanted for
-their own rows only, and what cannot run here says "not measured".
+Every round has other prompts, mostly of widths that no round before it had, as real batches have.
+The contenders take turns in each round, so that a busy machine slows all alike; a ratio is the
+median of the rounds' ratios. The weights are random, which changes no time. transformers and peft
+are wanted for their own rows only, and what cannot run here says "not measured".
 """
 
 import contextlib
 import importlib.util
+import gc
 import json
+import math
 import platform
 import statistics
 import sys
@@ -185,15 +187,19 @@ def theirs_tuning(llama: Llama) -> Callable:
 
 
 def fastest_rows(step: Callable, rounds: Sequence[list[Example]]) -> int:
-    """How many rows at a time make this step fastest; those that do not fit are left out."""
-    seconds, rows = {}, len(rounds[0])
-    while rows >= max(1, len(rounds[0]) // 8):
+    """How many rows at a time make this step fastest, or 0 if not even one fits.
+
+    All rows are tried, then half of them and so on, until fewer are slower.
+    """
+    best, fastest, rows = 0, math.inf, len(rounds[0])
+    while rows and (not best or rows == best // 2):
         try:
-            seconds[rows] = min(clock(step, examples, rows)[0] for examples in rounds)
+            seconds = min(clock(step, examples, rows)[0] for examples in rounds)
+            best, fastest = (rows, seconds) if seconds < fastest else (best, fastest)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
         rows //= 2
-    return min(seconds, key=seconds.__getitem__)
+    return best
 
 
 def ours_generation(llama: Llama) -> Callable:
@@ -279,6 +285,8 @@ def matrix_rate(device: str) -> float:
 
 def draw(name: str, options) -> tuple[Llama, list[list[Example]]]:
     """The weights of a shape, and the examples of each round."""
+    gc.collect()                    # wrapped blocks of the shape before are circles
+    torch.cuda.empty_cache()
     *shape, n = SHAPES[name]
     n = options.batch_size or (64 if options.device == "cuda" else n)
     llama = random_llama(shape, options.device)
@@ -292,10 +300,11 @@ def row(name: str, *cells: str) -> None:
 
 def show(times: dict[str, Timing], n: int, what: str) -> None:
     """Print a race's rows; n: sequences or prompts in a round."""
-    ours = next(iter(times.values()))
+    ours = min((timing for name, timing in times.items() if name.startswith("ours")),
+               key=lambda timing: statistics.median(timing.seconds[WARM_UP:]))
     for name, timing in times.items():
         rate, peak = n / statistics.median(timing.seconds[WARM_UP:]), max(timing.gigabytes or [0])
-        row(name, f"{rate:8.1f} {what}/s", f"{ratio(timing, ours):5.2f} x our time",
+        row(name, f"{rate:8.3g} {what}/s", f"{ratio(timing, ours):5.2f} x our best time",
             f"first {timing.seconds[0]:.1f} s", f"{peak:.1f} GB" if peak else "")
     if not INSTALLED:
         row("transformers + peft", "not measured: not installed")
@@ -314,20 +323,23 @@ def tuning(options) -> None:
         contenders = {who: ours_tuning(twin, who != "ours") for who, twin in tuned.items()}
         if INSTALLED:
             step = theirs_tuning(llama)
-            rows = fastest_rows(step, rounds[:2])
-            contenders[f"transformers + peft, {rows} rows at a time"] = (
-                lambda examples, step=step, rows=rows: step(examples, rows))
+            if rows := fastest_rows(step, rounds[:2]):
+                contenders[f"transformers + peft, {rows} rows at a time"] = (
+                    lambda examples, step=step, rows=rows: step(examples, rows))
+            else:
+                row("transformers + peft", "not measured: not even one row fits")
         times = race(contenders, rounds)
         show(times, B, "sequences")
         with FlopCounterMode(display=False) as counter:
             contenders["ours"](rounds[-1])
-        rate, batch = matrix_rate(options.device), collate(rounds[-1])
+        rate = matrix_rate(options.device)
+        widest = collate(rounds[widths.index(max(widths))])
         for who, twin in tuned.items():
             share = counter.get_total_flops() / times[who].seconds[-1] / rate
             row(f"{who}: of a matrix product", f"{100 * share:.0f} % of {rate / 1e12:.2f} TFLOP/s")
             if options.device == "cuda":
-                rows = min(B, machine.rows_that_fit(twin, batch, compiled=who != "ours"))
-                each, shared = machine.backward_bytes(twin, batch, compiled=who != "ours")
+                rows = min(B, machine.rows_that_fit(twin, widest, compiled=who != "ours"))
+                each, shared = machine.backward_bytes(twin, widest, compiled=who != "ours")
                 weights = sum(p.numel() * p.itemsize for p in llama.parameters())
                 row(f"{who}: predicted peak", f"{(weights + shared + rows * each) / 1e9:.1f} GB, "
                     f"{rows} rows at a time")

@@ -558,7 +558,8 @@ class Reader:
         """(times, how many of their units are a day, or 0, the mask of those that can be)."""
         times, public = np.asarray(self.times), bool(self.form.downloads)
         middle, file = float(np.median(times)), self.form.tables[0].name
-        unit = next((u for u in UNITS if FIRST * u <= middle < LAST * u), int(public))
+        unit = next((u for u in UNITS if (FIRST * u if u < 10**9 else 10**16) <= middle < LAST * u),
+                    int(public))
         low, high = (LAST * unit // 1000, LAST * unit) if unit else (-PLACES, PLACES)
         possible = (low <= times) & (times < high) | public
         if bad := int((~possible).sum()):

@@ -5,8 +5,10 @@ import os
 import resource
 import shutil
 import sys
+import sysconfig
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +17,7 @@ from data import Batch
 from llama import Llama
 from lora import LoraLinear
 from support.options import Options
-from support.processes import SHARDED, agreed, check_shardable
+from support.processes import SHARDED, check_devices, check_shardable, least
 
 COMPILE_PAYS = 1_000        # steps on a GPU after which compiling has won its time back
 
@@ -33,19 +35,22 @@ def choose_device(options: Options) -> tuple[torch.device, torch.dtype | None]:
     kind = options.device
     if kind == "auto":
         kind = next(name for name, there in available.items() if there)
-        if kind != "cpu" and options.model == "tiny" and options.data == "synthetic":
-            print(f"--device auto takes the CPU, which is faster than {kind} with so small a base "
+        if kind == "cuda" and options.model == "tiny" and options.data == "synthetic":
+            print("--device auto takes the CPU, which is faster than a GPU with so small a base "
                   "and so short prompts")
             kind = "cpu"
     if not available[kind]:
         raise ValueError(f"--device {kind}: this PyTorch sees no such device; use --device auto")
+    if kind == "cuda":
+        check_devices()
     if options.compile and (missing := missing_to_compile(kind)):
         raise ValueError(f"--compile wants {missing}; install it, or drop --compile")
     if options.shard:
         check_shardable()
     name = options.dtype
     if name == "auto" and kind == "cuda":
-        name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if bf16 else "float16"
     elif name == "auto":
         name = "float32"
     return torch.device(kind), None if name == "stored" else getattr(torch, name)
@@ -57,10 +62,11 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> None:
     cuDNN's attention makes a plan for every new shape, which takes a second, and real batches have
     ever new widths. PyTorch's other kernels take any shape.
 
-    Beside half-precision weights, only logits are products of float32. Tensor cores take such a
-    product as TF32, which keeps ten bits of each factor's mantissa. Hidden states and weights have
-    no more than that (float16 ten, bfloat16 seven), so the logits stay exact to the rounding of
-    their sums. The gradient that comes back is rounded to ten bits, and then to half precision.
+    Beside half-precision weights, tuning and evaluation have no other product of float32 than the
+    one that makes the logits. Tensor cores take it as TF32, which keeps ten bits of each factor's
+    mantissa. Hidden states and weights have no more than that (float16 ten, bfloat16 seven), so the
+    logits stay exact to the rounding of their sums. The gradient that comes back is rounded to ten
+    bits, and then to half precision. Both settings hold for the whole process.
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -74,8 +80,10 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> None:
 def missing_to_compile(kind: str) -> str:
     """What torch.compile wants for this kind of device and does not find, or nothing."""
     if kind == "cuda":
-        compilers, needed = (os.environ.get("CC", "gcc"), "clang"), "a C compiler and triton"
-        complete = any(map(shutil.which, compilers)) and importlib.util.find_spec("triton")
+        needed = "triton, a C compiler, Python's headers and a GPU of compute capability 7 or more"
+        complete = (importlib.util.find_spec("triton") and torch.cuda.get_device_capability()[0] > 6
+                    and any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
+                    and Path(sysconfig.get_path("include"), "Python.h").is_file())
     else:
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         complete, needed = shutil.which(compiler), f"a C++ compiler, here {compiler} (see CXX)"
@@ -86,7 +94,7 @@ def compile_pays(options: Options, device: torch.device, steps: int) -> bool:
     """Are blocks compiled in a run of so many steps? --compile and --no-compile decide it.
 
     Otherwise they are on GPUs, where it makes a step a fifth to a third faster and costs a minute
-    or two once, in runs of many steps.
+    or two once, in runs of many steps, unless something is missing or --recompute is given.
     """
     if options.compile is not None:
         return options.compile
@@ -95,7 +103,10 @@ def compile_pays(options: Options, device: torch.device, steps: int) -> bool:
 
 
 def wrap_blocks(llama: Llama, recompute: bool = False, compiled: bool = False) -> None:
-    """Let blocks be recomputed or compiled, of which they do not know. Evaluation stays eager."""
+    """Recompute or compile the blocks from outside; llama.py has no code for it.
+
+    Evaluation stays eager.
+    """
     for block in llama.layers:
         if recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -159,7 +170,7 @@ def rows_that_fit(llama: Llama, batch: Batch, worlds: int = 2, recompute: bool =
     free = torch.cuda.mem_get_info(device)[0] + unused
     row, shared = backward_bytes(llama, batch, worlds, recompute, compiled)
     rows = max(1, int((0.8 * free - shared) / row))
-    return agreed(rows) if SHARDED else rows        # then all run the same blocks equally often
+    return least(rows) if SHARDED else rows         # then all run the same blocks equally often
 
 
 def fewer_rows(rows: int, reason: str) -> int:

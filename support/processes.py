@@ -64,7 +64,8 @@ def connect(number: int, N: int) -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(variable("LOCAL_RANK", 0, torch.cuda.device_count() - 1))
+        local = variable("LOCAL_RANK", 0, N - 1)
+        torch.cuda.set_device(local % torch.cuda.device_count())    # check_devices has the rest
     long = timedelta(days=2)    # a process that dies ends the others at once, but a base takes long
     try:
         socket.getaddrinfo(host, port)
@@ -111,6 +112,22 @@ def first_process_first():
         dist.barrier()
 
 
+def check_devices() -> None:
+    """Raise ValueError if processes on this machine would share a GPU."""
+    here, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes() > 1 and here > count:
+        raise ValueError(f"{here} processes on a machine with {count} GPUs: every process wants "
+                         "one of its own. Start fewer, or take --device cpu")
+
+
+def least(number: int) -> int:
+    """The smallest of the numbers that the processes have."""
+    value = torch.tensor(number)
+    if processes() > 1:
+        dist.all_reduce(value, dist.ReduceOp.MIN)
+    return int(value)
+
+
 def agreed(value):
     """The value that process 0 has, in every process."""
     box = [value]
@@ -133,7 +150,7 @@ def my_parts(batch: Batch, rows: int) -> list[tuple[Batch, float]]:
     of the batch's answer tokens.
 
     Its stretch of the batch is the same however many rows are in a part, and all processes get
-    equally many parts. Where there are fewer rows than parts, some are a row with share 0.
+    equally many parts. If its rows run out, a process works on some row again, with share 0.
     """
     B, N = len(batch.tokens), processes()
     each = math.ceil(math.ceil(B / N) / rows)           # parts of a process
@@ -147,7 +164,7 @@ def my_parts(batch: Batch, rows: int) -> list[tuple[Batch, float]]:
 
 
 def seed_dropout(seed: int, step: int) -> None:
-    """Let dropout depend on the seed, the step and this process only, not on what ran before."""
+    """Let dropout depend on the seed, the step and this process, not on what ran before."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1)[0]))
 
 
@@ -175,7 +192,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
         tuned = {p for p in block.parameters() if p.requires_grad}
         for p in tuned:
             p.data = p.data.to(device)
-        fully_shard(block, ignored_params=tuned)
+        # A block alone is a root to FSDP2, which keeps the weights of a root unless it is told.
+        fully_shard(block, ignored_params=tuned, reshard_after_forward=True)
     for name, p in model.named_parameters():
         if not name.startswith("llama.layers."):
             p.data = p.data.to(device)

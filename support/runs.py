@@ -1,10 +1,11 @@
 """Run folders: what is in them, how a run is told from another, and what a run works on.
 
 A run folder holds run.json (options, versions, counts, and at the end the results), log.jsonl (a
-line for each step), the adapter, evaluation.safetensors (lists by test sequence), catalogue.json,
-and until the run is complete checkpoint.safetensors (support/progress.py). What --eval-only finds
-goes to eval.json and eval-evaluation.safetensors beside them; the next time to eval-2.json and
-eval-2-evaluation.safetensors, and so on. All of it is safetensors or JSON; nothing is unpickled.
+line for each step), the adapter, evaluation.safetensors (lists by test sequence),
+recommendations.csv (the best of the lists, by the caller's own ids), catalogue.json, and until the
+run is complete checkpoint.safetensors (support/progress.py). What --eval-only finds goes to
+eval.json and eval-*; the next time to eval-2.json and eval-2-*, and so on. All of it is
+safetensors, JSON or CSV; nothing is unpickled.
 
 Nothing here is the paper. It is what lets a run be repeated, interrupted and looked at afterwards.
 """
@@ -228,8 +229,8 @@ def new_folder(out: Path, name: str) -> Path:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Of what results depend on, for run.json: packages, the device, and the project's revision
-    where it is under git."""
+    """Versions of what results depend on, for run.json: packages, the device, and the project's
+    revision where it is under git."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     found = {"python": sys.version.split()[0], "torch": torch.__version__,
              "numpy": np.__version__, "tokenizers": tokenizers.__version__,
@@ -276,7 +277,7 @@ def recommendations(name: str, arrays: dict, sequences: Sequences) -> str:
     has one. The answer is the item that the user took next.
     """
     text = io.StringIO()
-    out = csv.writer(text)
+    out = csv.writer(text, lineterminator="\n")
     out.writerow(["user", "rank", "item", "title", "score", "answer", "answer_title"])
 
     def own(ids: Ids[str], number: int) -> str | int:
@@ -436,9 +437,9 @@ def adapter_checksum(folder: Path) -> str:
 def load_adapter(model, folder: Path, settings: dict) -> None:
     """Add the folder's factors to a model of the settings that they were tuned with.
 
-    Raises FileNotFoundError or ValueError: files absent or damaged; another base model or temporal
-    embedding than in the settings, both named. An adapter that peft
-    wrote has no temporal.json; load it with lora.load_lora.
+    Raises FileNotFoundError or ValueError: files absent or damaged; another base model, temporal
+    embedding or catalogue than in the settings, both named. An adapter that peft wrote has no
+    temporal.json; load it with lora.load_lora.
     """
     path = Path(folder) / "temporal.json"
     if not path.is_file():

@@ -33,14 +33,20 @@ def find_title(text: str, titles: Sequence[str], forms: dict[str, set[int]]) -> 
     """The items that may be meant. forms: a way to type a title -> items.
 
     The first of these that finds something decides: the very title, the title but for case and
-    accents, one of its forms, forms that differ by small slips, forms that contain the text.
+    accents, one of its forms, forms that contain the text as whole words, forms that differ by
+    small slips of letters, forms that contain the text. A number is never a slip: "Alien 3" is not
+    "Alien".
     """
-    key = plain(text)
+    key, numbers = plain(text), re.compile(r"\d+")
     named = forms.get(key, set())
+    words = re.compile(rf"(?<!\w){re.escape(key)}(?!\w)")
     found = ({i for i in named if titles[i] == text}
-             or {i for i in named if plain(titles[i]) == key} or named)
+             or {i for i in named if plain(titles[i]) == key} or named
+             or set().union(*(items for form, items in forms.items()
+                              if key and words.search(form))))
     if not found:
-        near = difflib.get_close_matches(key, forms, n=50, cutoff=0.7)
+        near = [form for form in difflib.get_close_matches(key, forms, n=50, cutoff=0.7)
+                if numbers.findall(form) == numbers.findall(key)]
         score = [difflib.SequenceMatcher(None, form, key).ratio() for form in near]
         # Where one form is clearly the best, the others do not count.
         found = set().union(*(forms[form] for form, s in zip(near, score) if s >= score[0] - 0.05))

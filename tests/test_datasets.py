@@ -182,6 +182,12 @@ def test_the_unit_is_that_of_the_column_and_nothing_is_rounded(tmp_path, form, u
     assert x.items[order].tolist() == [0, 1] * 20
 
 
+def test_dates_of_long_ago_are_dates(tmp_path):
+    """1990 to 1993, which as seconds would be no column of times that people have."""
+    x = at(tmp_path, [f"{1990 + i // 12}-{1 + i % 12:02}-03" for i in range(40)])
+    assert day_of(x.timestamps.min(), x.day) == "1990-01-03" and len(set(x.timestamps)) == 40
+
+
 @pytest.mark.parametrize("form", [
     lambda t: (t - HOURS[0]) / 39_000, lambda t: (t - 1_600_020_000) / 1e4, lambda t: t / 86_400,
     lambda t: t - HOURS[0], lambda t: 2 + t // 1000 % 100])

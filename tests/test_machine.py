@@ -15,7 +15,7 @@ from llama import Llama
 from lora import add_lora
 from support import machine
 from support.machine import (backward_bytes, choose_device, choose_kernels, compile_pays,
-                             fewer_rows, peak_memory, rows_that_fit)
+                             fewer_rows, missing_to_compile, peak_memory, rows_that_fit)
 from support.options import Options
 from support.processes import SHARDED
 
@@ -33,7 +33,9 @@ ML_100K = {"data": "ml-100k"}
     (False, False, False, "auto", "stored", ("cpu", None))])
 def test_the_device_and_the_precision(cuda, half, mps, device, dtype, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: half)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: half or including_emulation)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     found = choose_device(Options.from_flags({"device": device, "dtype": dtype} | ML_100K))
     assert found == (torch.device(expected[0]), expected[1])
@@ -43,10 +45,10 @@ def test_the_device_and_the_precision(cuda, half, mps, device, dtype, expected, 
                                          (ML_100K, "cuda"), ({"model": "someone/llama"}, "cuda")])
 def test_auto_leaves_the_default_run_on_the_cpu_and_says_so(flags, kind, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert choose_device(Options.from_flags(flags))[0].type == kind
     printed = capsys.readouterr().out
-    assert ("auto takes the CPU, which is faster than cuda" in printed) == (not flags)
+    assert ("auto takes the CPU, which is faster than a GPU" in printed) == (not flags)
 
 
 def test_a_device_that_is_not_there_and_a_compiler_that_is_missing(monkeypatch):
@@ -71,6 +73,18 @@ def test_blocks_are_compiled_on_gpus_in_long_runs_and_where_it_is_said(device, s
     monkeypatch.setattr(machine, "missing_to_compile", lambda kind: "" if found else "triton")
     options = Options.from_flags(flags)
     assert compile_pays(options, torch.device(device), steps) == expected
+
+
+@pytest.mark.parametrize("missing", ["", "triton", "gcc", "headers", "capability"])
+def test_what_the_compiler_wants_on_a_gpu_is_looked_for(missing, monkeypatch, tmp_path):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != missing)
+    monkeypatch.setattr("shutil.which", lambda name: None if missing == "gcc" else name)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(
+        tmp_path / "none" if missing == "headers" else tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability",
+                        lambda: (6, 1) if missing == "capability" else (7, 0))
+    assert bool(missing_to_compile("cuda")) == bool(missing)
 
 
 # ------------------------------------------------------------ Precision of logits on a GPU

@@ -19,7 +19,8 @@ from conftest import small_config
 import cetrec
 from llama import Llama
 from lora import add_lora
-from support.processes import SHARDED, dealers, joined, my_parts, seed_dropout, shard
+from support.processes import (SHARDED, check_devices, dealers, joined, least, my_parts,
+                               seed_dropout, shard)
 from support.tiny import write_base
 from test_cetrec import batch_of, log_of, targets_of
 from torch.distributed.tensor import DTensor
@@ -186,14 +187,36 @@ def test_a_variable_that_is_wrong_is_named_before_anything_is_done(told, variabl
     assert "torchrun tells each its RANK" in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("wrong", ["not set", "'x'", "'1'"])
+@pytest.mark.parametrize("wrong", ["not set", "'x'", "'2'"])
 def test_on_gpus_the_local_rank_must_be_one_of_them(told, monkeypatch, wrong):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     told(**TWO, **({} if wrong == "not set" else {"LOCAL_RANK": wrong.strip("'")}))
-    with pytest.raises(ValueError, match=f"LOCAL_RANK is {wrong}; wanted .* from 0 to 0"):
+    with pytest.raises(ValueError, match=f"LOCAL_RANK is {wrong}; wanted .* from 0 to 1"):
         with joined():
             pytest.fail("it went on")
+
+
+@pytest.mark.parametrize("N, here, gpus, fits", [(2, "2", 1, False), (2, "2", 2, True),
+                                                 (4, "2", 2, True), (1, None, 1, True)])
+def test_processes_do_not_share_a_gpu(told, monkeypatch, N, here, gpus, fits):
+    """They may share the CPUs of a machine with one GPU: only who takes GPUs asks."""
+    told(**({"LOCAL_WORLD_SIZE": here} if here else {}))
+    monkeypatch.setattr("support.processes.processes", lambda: N)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if fits:
+        check_devices()
+    else:
+        with pytest.raises(ValueError, match="2 processes on a machine with 1 GPUs: every process"):
+            check_devices()
+
+
+def test_the_least_number_of_one_process_is_its_own():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert least(7) == 7
+    finally:
+        dist.destroy_process_group()
+    assert least(5) == 5
 
 
 def test_what_a_cluster_leaves_in_the_environment_does_not_matter_to_one_process(told):
@@ -254,7 +277,9 @@ def test_frozen_weights_are_sharded_and_factors_are_not(temporal, tmp_path, toke
         assert all(torch.equal(a, b) for a, b in zip(losses, plain))
         assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(losses[0], factors),
                                                      expected))
-        for name, p in model.llama.layers.named_parameters():
+        with torch.no_grad():
+            cetrec.cetrec_loss(model, batch, 0.1)
+        for name, p in model.llama.layers.named_parameters():       # sharded again after use
             assert isinstance(p, DTensor) == (not p.requires_grad), name
         assert not any(isinstance(p, DTensor) for p in (*factors, model.llama.norm.weight))
         assert dealers() == (0, 1)

@@ -52,6 +52,19 @@ def test_a_title_as_it_stands_is_never_ambiguous():
     assert resolve_titles(["HEAT"], ["Heat", "HEAT"]) == [1]
 
 
+@pytest.mark.parametrize("typed, titles, found", [
+    ("Star Wars", ["Star Maps (1997)", "Star Wars: Episode IV (1977)"], 1),
+    ("Terminator 2", ["Terminator, The (1984)", "Terminator 2: Judgment Day (1991)"], 1),
+    ("Godfather 2", ["Godfather, The (1972)", "Heat (1995)"], None),
+    ("Alien 3", ["Alien (1979)"], None), ("Heat (1972)", ["Heat (1995)"], None)])
+def test_whole_words_come_before_slips_and_a_number_is_no_slip(typed, titles, found):
+    if found is None:
+        with pytest.raises(ValueError, match="no title like it"):
+            resolve_titles([typed], titles)
+    else:
+        assert resolve_titles([typed], titles) == [found]
+
+
 def test_accents_do_not_matter_where_other_letters_do():
     """Without accents it is the title; with them, "Nandx" would be as near."""
     assert resolve_titles(["nandu"], ["Ñandú", "Nandx"]) == [0]
