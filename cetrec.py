@@ -296,12 +296,12 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, toke
     worked on at a time. Returns steps, validation losses and seconds. Raises ValueError for a
     gradient or a loss that is not finite.
     """
-    factors, device = tuned_parameters(model), device_of(model)
+    factors = tuned_parameters(model)
     optimizer = torch.optim.AdamW(factors, lr=tuning.lr, weight_decay=0.0)
     state = progress.load_checkpoint(folder, optimizer)
     per_epoch, worlds = math.ceil(len(train_set) / tuning.batch_size), 1 + (tuning.lambda_ct > 0)
     most = tuning.micro_batch or tuning.batch_size      # rows at a time
-    with progress.open_log(folder, state) as log, progress.open_bar(state, tuning.steps) as bar:
+    with progress.begin(folder, state, tuning.steps) as bar:
         for epoch in range(len(state.validation), math.ceil(tuning.steps / per_epoch)):
             if epoch and state.validation[-1] > min(state.validation):
                 break                                   # the last epoch was no better (D5)
@@ -327,15 +327,15 @@ def train(model: TemporalLlama, train_set: Sequences, valid_set: Sequences, toke
                 optimizer.step()
 
                 state.step = step
-                if progress.log_step(log, bar, state, total.tolist(), tuning.lambda_ct, lr, device):
-                    progress.save_checkpoint(folder, optimizer, state, log)
+                if progress.log_step(folder, bar, state, total, tuning.lambda_ct, lr):
+                    progress.save_checkpoint(folder, optimizer, state)
 
             state.validation.append(
                 validation_loss(model, tokenizer, valid_set, tuning.batch_size, loss))
-            if progress.log_validation(log, bar, state):         # the best so far
+            if progress.log_validation(folder, bar, state):         # the best so far
                 state.best = [p.detach().clone() for p in factors]
                 runs.save_adapter(model, folder, settings)
-            progress.save_checkpoint(folder, optimizer, state, log)
+            progress.save_checkpoint(folder, optimizer, state)
 
     for p, best in zip(factors, state.best):
         p.data.copy_(best)

@@ -187,18 +187,18 @@ def good_checkpoint(folder: Path) -> None:
     optimizer, done = torch.optim.AdamW([factor]), progress.Progress(step=1)
     factor.grad = torch.ones(3)
     optimizer.step()
-    with progress.open_log(folder, done) as log, progress.open_bar(done, 9) as bar:
-        progress.log_step(log, bar, done, [1.0] * 3, 0.1, 0.1, factor.device)
+    with progress.begin(folder, done, 9) as bar:
+        progress.log_step(folder, bar, done, torch.ones(3), 0.1, 0.1)
         done.validation, done.best = [1.0], [factor.detach().clone()]
-        progress.log_validation(log, bar, done)
-        progress.save_checkpoint(folder, optimizer, done, log)
+        progress.log_validation(folder, bar, done)
+        progress.save_checkpoint(folder, optimizer, done)
 
 
 def use_checkpoint(folder: Path) -> None:
     """Go on from a checkpoint."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
     done = progress.load_checkpoint(folder, optimizer)
-    progress.open_log(folder, done).close()
+    progress.begin_log(folder, done)
 
 
 def good_data(inter: str, items: str, row: str, item: str, head: tuple[str, str]) -> Callable:

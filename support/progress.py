@@ -7,11 +7,9 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
@@ -55,13 +53,8 @@ class Progress:
 # The log
 
 
-def open_log(folder: Path, progress: Progress) -> TextIO:
-    """log.jsonl, cut back to where the checkpoint was. It is a new file, for it may be a link.
-
-    Processes other than the first one write to a file that nobody reads.
-    """
-    if rank():
-        return tempfile.TemporaryFile("w", encoding="utf-8")
+def begin_log(folder: Path, progress: Progress) -> None:
+    """Cut log.jsonl back to where the checkpoint was. It is a new file, for it may be a link."""
     path = folder / "log.jsonl"
     kept = path.read_bytes()[:progress.log_length] if path.is_file() else b""
     whole = kept.rfind(b"\n") + 1
@@ -69,35 +62,36 @@ def open_log(folder: Path, progress: Progress) -> TextIO:
         print(f"{path} has lost some of the {progress.log_length:,} bytes that it had; the "
               "curves of this run will have a gap, its result will not")
     write_whole(path, kept[:whole])
-    return open(path, "a", encoding="utf-8")
 
 
-def write_line(log: TextIO, values: dict) -> None:
-    """Add a line to the log. Where the disk is full, the error names the log."""
+def write_line(folder: Path, values: dict) -> None:
+    """Add a line to the log, as the first process only. A full disk's error names the log."""
+    log = folder / "log.jsonl"
     if not rank():
-        with naming(Path(log.name)), open(log.name, "a", encoding="utf-8") as file:
+        with naming(log), open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
 
-def open_bar(progress: Progress, total: int, name: str = "tuning") -> tqdm:
-    """The line that moves on a terminal."""
+def begin(folder: Path, progress: Progress, total: int, name: str = "tuning") -> tqdm:
+    """Begin or continue the log of a folder, and the line that moves on a terminal."""
+    begin_log(folder, progress)
     return tqdm(total=total, initial=progress.step, desc=name, unit="step", disable=None,
                 leave=False)
 
 
-def log_step(log: TextIO, bar: tqdm, progress: Progress, losses: list[float], lambda_ct: float,
-             lr: float, device: torch.device, name: str = "") -> bool:
+def log_step(folder: Path, bar: tqdm, progress: Progress, losses: Tensor, lambda_ct: float,
+             lr: float, name: str = "") -> bool:
     """Write a step to the log and to the moving line.
 
     The line is printed at the first and the last step, and at every fifth of all steps.
     losses: L, L_TA and, where two worlds were run, L_CT. Returns whether it is time for a
     checkpoint: the line was printed, or the last checkpoint is more than a minute old.
     """
-    loss, loss_ta, loss_ct = (*losses, None)[:3]
+    loss, loss_ta, loss_ct = (*losses.tolist(), None)[:3]
     now, done = time.perf_counter(), progress.step - progress.first
     ms, progress.last = 1000 * (now - progress.last), now
-    write_line(log, {"step": progress.step, "loss": loss, "loss_ta": loss_ta, "loss_ct": loss_ct,
-                     "lr": lr, "ms": ms})
+    write_line(folder, {"step": progress.step, "loss": loss, "loss_ta": loss_ta, "loss_ct": loss_ct,
+                        "lr": lr, "ms": ms})
     parts = "" if loss_ct is None else f" = ta {loss_ta:.3f} + {lambda_ct:g} x ct {loss_ct:.3f}"
     if done == 1:
         progress.warm = now
@@ -108,18 +102,19 @@ def log_step(log: TextIO, bar: tqdm, progress: Progress, losses: list[float], la
         pace = (now - progress.warm) / max(1, done - 1)
         left = f"{pace * (bar.total - progress.step) / 60:.1f}" if done > 1 else "?"
         bar.write(f"{name}step {progress.step:>5}/{bar.total} | loss {loss:.3f}{parts} | "
-                  f"lr {lr:.1e} | {ms:.0f} ms | {peak_memory(device):.1f} GB | {left} min left",
-                  file=sys.stdout)
+                  f"lr {lr:.1e} | {ms:.0f} ms | {peak_memory(losses.device):.1f} GB | "
+                  f"{left} min left", file=sys.stdout)
     return printed or now - progress.saved > 60
 
 
-def log_validation(log: TextIO, bar: tqdm, progress: Progress) -> bool:
+def log_validation(folder: Path, bar: tqdm, progress: Progress) -> bool:
     """Write and print the last validation loss. Returns whether its epoch is the best so far."""
     loss = progress.validation[-1]
-    write_line(log, {"step": progress.step, "validation_ta": loss})
+    write_line(folder, {"step": progress.step, "validation_ta": loss})
     best = loss == min(progress.validation)
     bar.write(f"epoch {len(progress.validation)} | validation ta {loss:.4f} | " + (
-        "best so far, adapter saved" if best else "no better than before, so tuning stops"),
+        "best so far, adapter saved" if best else
+        f"no better than before{', so tuning stops' * (progress.step < bar.total)}"),
         file=sys.stdout)
     progress.last = time.perf_counter()
     return best
@@ -151,8 +146,8 @@ def checksum(arrays: dict[str, np.ndarray], notes: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, progress: Progress,
-                    log: TextIO) -> None:
+def save_checkpoint(folder: Path, optimizer: torch.optim.Optimizer,
+                    progress: Progress) -> None:
     """Write checkpoint.safetensors: factors, moments, the best factors, and how far tuning has got.
 
     The log is on the disk first.
@@ -160,8 +155,9 @@ def save_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, progress: Pr
     progress.saved = time.perf_counter()
     if rank():
         return
-    with naming(Path(log.name)):
-        os.fsync(log.fileno())
+    log = folder / "log.jsonl"
+    with naming(log), open(log, "rb") as file:
+        os.fsync(file.fileno())
     tensors = {f"best/{i}": x for i, x in enumerate(progress.best)}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         tensors[f"factor/{i}"] = p.detach()
@@ -170,7 +166,7 @@ def save_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, progress: Pr
     arrays = {name: x.numpy(force=True) for name, x in tensors.items()}
     notes = {"progress": json.dumps({
         "step": progress.step, "validation": progress.validation,
-        "log_length": os.fstat(log.fileno()).st_size, "seconds": progress.total_seconds()})}
+        "log_length": log.stat().st_size, "seconds": progress.total_seconds()})}
     save_arrays(arrays, folder / "checkpoint.safetensors",
                 notes | {"sha256": checksum(arrays, notes)})
 

@@ -173,7 +173,7 @@ def pretrain(llama: Llama, tokenizer: Tokenizer, train_set: Sequences, seed: int
     done = progress.load_checkpoint(folder, optimizer)
     per_epoch = math.ceil(len(train_set) / recipe.batch_size)
     llama.train()
-    with progress.open_log(folder, done) as log, progress.open_bar(done, total, "tiny base") as bar:
+    with progress.begin(folder, done, total, "tiny base") as bar:
         for epoch in range(done.step // per_epoch, math.ceil(total / per_epoch)):
             steps = range(epoch * per_epoch + 1, total + 1)
             for step, batch in zip(steps, batches(tokenizer, train_set, recipe.batch_size,
@@ -192,9 +192,9 @@ def pretrain(llama: Llama, tokenizer: Tokenizer, train_set: Sequences, seed: int
                 optimizer.zero_grad()
 
                 done.step = step
-                if progress.log_step(log, bar, done, [loss.item()] * 2, 0.0, lr, device,
+                if progress.log_step(folder, bar, done, loss.detach().repeat(2), 0.0, lr,
                                      "tiny base | "):
-                    progress.save_checkpoint(folder, optimizer, done, log)
+                    progress.save_checkpoint(folder, optimizer, done)
 
 
 def title_loss(llama: Llama, batch: Batch) -> torch.Tensor:

@@ -11,17 +11,17 @@ from conftest import small_config
 from llama import Llama, save_llama
 from lora import add_lora, save_lora
 from support.files import naming, save_arrays, write_json
-from support.progress import Progress, load_checkpoint, open_log, save_checkpoint, write_line
+from support.progress import Progress, load_checkpoint, begin_log, save_checkpoint, write_line
 from support.runs import save_adapter
 
 
 def tune(folder: Path) -> None:
     """A log of two lines and a checkpoint."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
-    with open_log(folder, Progress()) as log:
-        for step in (1, 2):
-            write_line(log, {"step": step})
-        save_checkpoint(folder, optimizer, Progress(step=2), log)
+    begin_log(folder, Progress())
+    for step in (1, 2):
+        write_line(folder, {"step": step})
+    save_checkpoint(folder, optimizer, Progress(step=2))
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ def test_a_link_that_leads_nowhere_is_replaced_and_a_linked_log_goes_on(tmp_path
     (tmp_path / "log.jsonl").rename(kept)               # as who moves a large log does
     (tmp_path / "log.jsonl").symlink_to(kept)
     done = load_checkpoint(tmp_path, torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))
-    with open_log(tmp_path, done) as log:
-        write_line(log, {"step": 3})
+    begin_log(tmp_path, done)
+    write_line(tmp_path, {"step": 3})
     assert kept.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert (tmp_path / "log.jsonl").read_text() == kept.read_text() + '{"step": 3}\n'
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from support.files import locked
-from support.progress import (Progress, load_checkpoint, log_step, log_validation, open_bar,
-                              open_log, save_checkpoint)
+from support.progress import (Progress, begin, begin_log, load_checkpoint, log_step,
+                              log_validation, save_checkpoint)
 from support.runs import new_folder
 
 CPU = torch.device("cpu")
@@ -37,22 +37,22 @@ def steps(folder, total: int, losses=(3.0, 2.0, 10.0), stop: int | None = None) 
     """Log the next steps, up to `stop`, and write a checkpoint. Returns the steps after which one
     was due."""
     done, due = load_checkpoint(folder, optimizer_of(1.0)), []
-    with open_log(folder, done) as log, open_bar(done, total) as bar:
+    with begin(folder, done, total) as bar:
         while done.step < (stop or total):
             done.step += 1
-            if log_step(log, bar, done, list(losses), 0.1, 1e-3, CPU):
+            if log_step(folder, bar, done, torch.tensor(losses), 0.1, 1e-3):
                 due.append(done.step)
-        save_checkpoint(folder, optimizer_of(1.0), done, log)
+        save_checkpoint(folder, optimizer_of(1.0), done)
     return due
 
 
 def test_the_log_has_a_line_for_each_step_and_each_validation(tmp_path, capsys):
     done = Progress(validation=[0.9, 0.7])
-    with open_log(tmp_path, done) as log, open_bar(done, 10) as bar:
+    with begin(tmp_path, done, 10) as bar:
         for step in (1, 2):
             done.step = step
-            log_step(log, bar, done, [3.0, 2.0, 10.0], 0.1, 1e-3, CPU)
-        assert log_validation(log, bar, done)
+            log_step(tmp_path, bar, done, torch.tensor([3.0, 2.0, 10.0]), 0.1, 1e-3)
+        assert log_validation(tmp_path, bar, done)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert all(line.pop("ms") >= 0 for line in lines[:2])
     values = {"loss": 3.0, "loss_ta": 2.0, "loss_ct": 10.0, "lr": 1e-3}
@@ -71,8 +71,8 @@ def test_with_lambda_0_there_is_one_loss(tmp_path, capsys):
 
 def test_an_epoch_that_is_no_better_is_not_the_best(tmp_path, capsys):
     done = Progress(validation=[0.9, 0.8, 0.85])
-    with open_log(tmp_path, done) as log, open_bar(done, 9) as bar:
-        assert not log_validation(log, bar, done)
+    with begin(tmp_path, done, 9) as bar:
+        assert not log_validation(tmp_path, bar, done)
     assert "epoch 3 | validation ta 0.8500 | no better than before, so tuning stops\n" in (
         capsys.readouterr().out)
 
@@ -90,12 +90,12 @@ def test_a_line_is_printed_for_the_first_step_every_fifth_of_all_and_the_last(tm
 
 def test_a_checkpoint_is_due_when_the_last_one_is_a_minute_old(tmp_path):
     done = Progress(step=1)
-    with open_log(tmp_path, done) as log, open_bar(done, 100) as bar:
+    with begin(tmp_path, done, 100) as bar:
         for age, due in ((50, False), (61, True)):
             done.step, done.saved = done.step + 1, time.perf_counter() - age
-            assert log_step(log, bar, done, [1.0, 1.0], 0, 1e-3, CPU) == due
-        save_checkpoint(tmp_path, optimizer_of(1.0), done, log)
-        assert not log_step(log, bar, done, [1.0, 1.0], 0, 1e-3, CPU)
+            assert log_step(tmp_path, bar, done, torch.ones(2), 0, 1e-3) == due
+        save_checkpoint(tmp_path, optimizer_of(1.0), done)
+        assert not log_step(tmp_path, bar, done, torch.ones(2), 0, 1e-3)
 
 
 @pytest.mark.parametrize("lost, left", [("all of it", [3]), ("half a line", [1, 3]),
@@ -123,8 +123,8 @@ def test_a_log_that_is_ahead_of_the_checkpoint_is_cut_back(tmp_path):
 def checkpointed(folder, optimizer, **progress) -> None:
     """Write a checkpoint."""
     done = Progress(**progress)
-    with open_log(folder, done) as log:
-        save_checkpoint(folder, optimizer, done, log)
+    begin_log(folder, done)
+    save_checkpoint(folder, optimizer, done)
 
 
 def test_a_checkpoint_brings_back_factors_moments_and_progress(tmp_path):

@@ -20,7 +20,7 @@ from conftest import small_config
 from llama import Llama, save_llama
 from lora import add_lora
 from support.files import save_arrays, write_json
-from support.progress import Progress, open_log, write_line
+from support.progress import Progress, begin_log, write_line
 from support.runs import at_work, save_adapter
 from support.tiny import write_base
 from support.terminal import LONGEST, Parser, Visible, exit_status, one_line, visible
@@ -110,9 +110,10 @@ def test_a_run_on_a_full_disk_names_the_log_and_how_to_go_on(tmp_path, capsys):
     write_json(tmp_path / "run.json", {"method": "cetrec"})
 
     def work():
-        with at_work(tmp_path), open_log(tmp_path, Progress()) as log:
+        with at_work(tmp_path):
+            begin_log(tmp_path, Progress())
             while True:
-                write_line(log, {"step": 1})
+                write_line(tmp_path, {"step": 1})
     with limited(resource.RLIMIT_FSIZE, 100):
         assert exit_status(work) == 2
     assert capsys.readouterr().err == (
