@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from support.trie import ExactTitles
 
@@ -53,18 +54,25 @@ def find_title(text: str, titles: Sequence[str], forms: dict[str, set[int]]) -> 
     return found or set().union(*(items for form, items in forms.items() if key in form))
 
 
-def resolve_titles(typed: Sequence[str], titles: Sequence[str]) -> list[int]:
-    """Item ids of titles typed by hand. Prints what was taken for what, where they differ.
-
-    Raises ValueError that lists the candidates of an ambiguous title or names an unknown one.
-    """
-    if not typed or isinstance(typed, str):
-        raise ValueError(f"{typed!r}: wanted a list of titles, the newest last")
+def all_forms(titles: Sequence[str]) -> dict[str, set[int]]:
+    """A way to type a title -> the items that may be meant."""
     forms: dict[str, set[int]] = {}
     for item, title in enumerate(titles):
         for form in title_forms(title):
             forms.setdefault(form, set()).add(item)
-    history = []
+    return forms
+
+
+def resolve_titles(typed: Sequence[str], titles: Sequence[str],
+                   forms: dict[str, set[int]] | None = None) -> list[int]:
+    """Item ids of titles typed by hand. Prints what was taken for what, where they differ.
+
+    forms: all_forms(titles), which is worth keeping for many calls. Raises ValueError that lists
+    the candidates of an ambiguous title or names an unknown one.
+    """
+    if not typed or isinstance(typed, str):
+        raise ValueError(f"{typed!r}: wanted a list of titles, the newest last")
+    forms, history = forms or all_forms(titles), []
     for text in typed:
         found = find_title(text, titles, forms)
         if not found:
@@ -85,12 +93,17 @@ class TitleRecommender:
 
     exact: ExactTitles
 
+    @cached_property
+    def forms(self) -> dict[str, set[int]]:
+        """The ways to type the catalogue's titles."""
+        return all_forms(self.exact.catalogue.titles)
+
     def history(self, titles: Sequence[str]) -> list[int]:
         """The items of the newest ten titles, as no longer history was tuned on.
 
         titles: oldest first. Raises ValueError as resolve_titles does.
         """
-        return resolve_titles(titles, self.exact.catalogue.titles)[-LONGEST:]
+        return resolve_titles(titles, self.exact.catalogue.titles, self.forms)[-LONGEST:]
 
     def __call__(self, titles: Sequence[str]) -> list[tuple[str, float]]:
         """(title, log p) of ten titles, best first, for a history of titles, oldest first."""
