@@ -114,7 +114,7 @@ def first_process_first():
 
 def check_devices() -> None:
     """Raise ValueError if processes on this machine would share a GPU."""
-    here, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    here, count = variable("LOCAL_WORLD_SIZE", 1, 10**6, "1"), torch.cuda.device_count()
     if processes() > 1 and here > count:
         raise ValueError(f"{here} processes on a machine with {count} GPUs: every process wants "
                          "one of its own. Start fewer, or take --device cpu")
