@@ -253,7 +253,7 @@ def batch_gradient(model: TemporalLlama, batch: Batch, rows: int, lambda_ct: flo
 
     The losses are means over targets. A part of the batch counts by its share of the targets, so
     the gradients of the parts add up to that of the whole batch. If a part does not fit the memory,
-    all of it is done again with parts half as large.
+    all of it is done again with parts half as large. Raises MemoryError if not even one row fits.
     Returns L, L_TA and, where two worlds were run, L_CT; and the rows that did fit.
     """
     while True:
@@ -377,8 +377,8 @@ def tune_and_evaluate(inputs: runs.RunInputs, model: TemporalLlama,
     if options.shard:
         processes.shard(model, inputs.device)
     print(f"tuning {sum(p.numel() for p in tuned_parameters(model)):,} parameters | temporal "
-          f"{options.temporal} | λ = {options.lambda_ct:g} | at most {steps:,} steps, {warmup} of "
-          f"them warm-up{' | compiled blocks' * compiled}")
+          f"{options.temporal} | λ = {options.lambda_ct:g} | at most {steps:,} steps"
+          f"{' (--max-steps)' * (steps == options.max_steps)}, {warmup} of them warm-up")
     tuning = Tuning(options.lambda_ct, options.lr, options.batch_size, steps, warmup, options.seed,
                     options.micro_batch, options.recompute, compiled)
     with runs.at_work(folder):

@@ -115,6 +115,7 @@ def ours_tuning(llama: Llama, compiled: bool = False) -> Callable:
     optimizer = torch.optim.AdamW(add_lora(llama), lr=1e-4)
 
     def step(examples: list[Example]) -> float:
+        """One update."""
         machine.choose_kernels(llama.lm_head.weight.device, llama.lm_head.weight.dtype)
         batch = collate(examples)
         rows = machine.rows_that_fit(llama, batch, compiled=compiled)
@@ -207,6 +208,7 @@ def ours_generation(llama: Llama) -> Callable:
     model = TemporalLlama(llama, "none").eval()
 
     def generate(examples: list[Example]) -> list:
+        """Five answers for each prompt."""
         machine.choose_kernels(llama.lm_head.weight.device, llama.lm_head.weight.dtype)
         prompts = [(tokens, [NO_ITEM] * len(tokens)) for tokens in map(prompt_of, examples)]
         return beam_search(model, prompts, 5, NEW, length_penalty=1.0, eos_ids=[7])[0]
@@ -218,6 +220,7 @@ def theirs_generation(llama: Llama) -> Callable:
     model = published(llama).eval()
 
     def generate(examples: list[Example]) -> list:
+        """Five answers for each prompt."""
         defaults_of_pytorch()
         prompts = [prompt_of(e) for e in examples]
         tokens, mask = (align_right(rows, 0).to(model.device)

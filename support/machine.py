@@ -107,6 +107,8 @@ def wrap_blocks(llama: Llama, recompute: bool = False, compiled: bool = False) -
 
     Evaluation stays eager.
     """
+    if compiled:
+        print("blocks are compiled; the first step takes up to two minutes (--no-compile)")
     for block in llama.layers:
         if recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

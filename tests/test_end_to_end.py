@@ -85,7 +85,7 @@ def test_the_main_path_depends_on_the_seed_only(finished, tmp_path, capsys):
     counts = record["counts"]
     for expected in (f"data synthetic | {counts['interactions']:,} interactions, ",
                      "\ntiny base | step", " threads, float32\n", "⟩[k=0, tokens ",
-                     "at most 6 steps, 0 of them warm-up\n", "step     6/6 | loss ",
+                     "at most 6 steps (--max-steps), 0 of them warm-up\n", "step     6/6 | loss ",
                      "epoch 2 | validation ta ", "12 test sequences, 300 candidates, history "
                      "excluded, scored by the true distribution",
                      "\n2 beams, grounded ", "\n10 beams on titles ", "\n  change, reversed ",
@@ -337,6 +337,15 @@ def test_an_interrupted_command_says_how_to_go_on_and_goes_on(finished, tmp_path
     assert "this run is complete; --eval-only evaluates it again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("limit, said", [
+    ("1", "at most 1 steps (--max-steps), 0 of them warm-up\n"),
+    ("400", "at most 4 steps, 0 of them warm-up\n")])
+def test_max_steps_is_named_where_it_is_what_limits(tmp_path, capsys, limit, said, monkeypatch):
+    monkeypatch.setattr(cetrec, "train", lambda *inputs: signal.raise_signal(signal.SIGINT))
+    flags = [*QUICK, "--epochs", "1", "--max-steps", limit, "--out", str(tmp_path)]
+    assert main(flags) == 130 and said in capsys.readouterr().out
+
+
 def test_a_run_that_evaluates_is_not_resumed_beside_it(tmp_path, capsys, monkeypatch):
     """Whoever tries is told so, and the run ends as if nobody had tried."""
     evaluate, tried = cetrec.result_table, []
@@ -415,6 +424,7 @@ def test_flags_reach_the_run(tmp_path, capsys, flags, expected, monkeypatch):
     assert {key: record["options"][key] for key in expected} == expected
     assert bool(recomputed) == expected.get("recompute", False)
     assert bool(compiled) == expected.get("compile", False)
+    assert ("blocks are compiled" in text) == bool(compiled)
     assert len(rows) == 1 and ("--micro-batch" not in flags or rows == [5])
     if "--lora-rank" in flags:
         assert {"r": 2, "lora_alpha": 4.0, "lora_dropout": 0.25,
